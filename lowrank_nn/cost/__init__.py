@@ -1,0 +1,1 @@
+"""Parameters, multiply-accumulates, bytes and latency."""

@@ -1,0 +1,1 @@
+"""Decompositions as pure functions: tensors in, factors out."""

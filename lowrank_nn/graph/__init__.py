@@ -1,0 +1,1 @@
+"""Finding the layers of a model that are really called, and swapping them."""

@@ -1,0 +1,1 @@
+"""Compressed layers: one file per format."""

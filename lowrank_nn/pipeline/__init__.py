@@ -1,0 +1,1 @@
+"""Steps, recipes, plan() and compress_model()."""

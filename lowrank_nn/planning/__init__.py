@@ -1,0 +1,1 @@
+"""Candidates per layer, their errors, and their allocation under a budget."""

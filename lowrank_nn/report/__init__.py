@@ -1,0 +1,1 @@
+"""Tables of what compression did and what it cost."""

@@ -1,0 +1,1 @@
+"""One file per compressed model, without pickle."""
