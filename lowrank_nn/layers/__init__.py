@@ -1,1 +1,19 @@
 """Compressed layers: one file per format."""
+
+from lowrank_nn.layers._base import LAYERS as LAYERS
+from lowrank_nn.layers._base import CompressedLayer as CompressedLayer
+from lowrank_nn.layers._base import layer_cost as layer_cost
+from lowrank_nn.layers._base import layer_output_shape as layer_output_shape
+from lowrank_nn.layers._base import register_layer as register_layer
+from lowrank_nn.layers._lowrank import LowRankLayer as LowRankLayer
+from lowrank_nn.layers._ranks import VBMF as VBMF
+from lowrank_nn.layers._ranks import Energy as Energy
+from lowrank_nn.layers._ranks import Params as Params
+from lowrank_nn.layers._ranks import RankRule as RankRule
+from lowrank_nn.layers._ranks import SpeedUp as SpeedUp
+from lowrank_nn.layers._shapes import CompressedConv2d as CompressedConv2d
+from lowrank_nn.layers._shapes import CompressedLinear as CompressedLinear
+from lowrank_nn.layers._source import Source as Source
+from lowrank_nn.layers._source import read_layer as read_layer
+from lowrank_nn.layers.svd import SVDConv2d as SVDConv2d
+from lowrank_nn.layers.svd import SVDLinear as SVDLinear

@@ -1,0 +1,151 @@
+"""The contract of every compressed layer.
+
+A compressed layer looks like the dense layer it replaces (same constructor arguments, same shapes, ``weight`` and
+``bias`` to read) and does its work through ordinary leaves that it owns (``nn.Conv2d``, ``nn.Linear``), so that
+pruning and quantizing reach them with no code of their own. ``docs/write_your_own_layer.md`` walks through one.
+"""
+
+from __future__ import annotations
+
+import abc
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lowrank_nn.cost import Cost, conv_output_size, dense_cost, tensor_cost
+from lowrank_nn.errors import LowRankError
+
+LAYERS: dict[str, type[CompressedLayer]] = {}
+"""Every registered layer class by name: what save / load, the planner and the contract checks go through."""
+
+LayerClass = TypeVar("LayerClass", bound="type[CompressedLayer]")
+
+
+def register_layer(cls: LayerClass) -> LayerClass:
+    """Class decorator that adds a layer to :data:`LAYERS`.
+
+    Raises:
+        LowRankError: Another class is registered under this name.
+    """
+    known = LAYERS.setdefault(cls.__name__, cls)
+    if known is not cls:
+        raise LowRankError(
+            f"{cls.__name__}: a layer of this name is registered already ({known.__module__}); rename yours."
+        )
+    return cls
+
+
+class CompressedLayer(nn.Module, abc.ABC):
+    """Base class of all compressed layers.
+
+    Attributes:
+        replaces: The dense class this layer stands in for.
+        stacks_on: Compressed classes that may be its source too, and whose effect (zeros, grid) it keeps.
+    """
+
+    replaces: ClassVar[type[nn.Module]]
+    stacks_on: ClassVar[tuple[type[CompressedLayer], ...]] = ()
+
+    @classmethod
+    @abc.abstractmethod
+    def usual_options(cls, layer: nn.Module) -> dict[str, Any]:
+        """Options of an ordinary use on ``layer``: what contract checks, docs and benchmarks call it with."""
+
+    @classmethod
+    @abc.abstractmethod
+    def lossless_options(cls, layer: nn.Module) -> dict[str, Any] | None:
+        """Options with which nothing of ``layer`` is lost, or None where the format always rounds."""
+
+    @abc.abstractmethod
+    def approximate_(self, weight: Tensor) -> None:
+        """Set this layer's tensors so that :meth:`dense_weight` is as near to ``weight`` as its format allows.
+
+        Args:
+            weight: Tensor of the replaced layer's weight shape.
+        """
+
+    @abc.abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw fresh weights whose equivalent dense weight has the variance of torch's default."""
+
+    @abc.abstractmethod
+    def dense_weight(self) -> Tensor:
+        """Return the equivalent dense weight, in the replaced layer's shape; differentiable."""
+
+    @abc.abstractmethod
+    def stages(self) -> Iterator[nn.Module]:
+        """Yield the leaves that do the work, in order; nothing where the layer is a leaf itself."""
+
+    @abc.abstractmethod
+    def output_shape(self, input_shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the output for an input of shape ``input_shape``."""
+
+    @abc.abstractmethod
+    def dense_arguments(self) -> dict[str, Any]:
+        """Return the constructor arguments of the dense layer of the same shape."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The equivalent dense weight, read-only: edits of it are lost."""
+        return self.dense_weight()
+
+    def cost(self, input_shape: Sequence[int]) -> Cost:
+        """Return params, MACs, bytes and nonzeros of one call.
+
+        Args:
+            input_shape: Shape of the input, batched or not.
+        """
+        total = tensor_cost(self)
+        shape = tuple(input_shape)
+        for stage in self.stages():
+            total += layer_cost(stage, shape)
+            shape = layer_output_shape(stage, shape)
+        return total
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments as JSON-able values: ``type(layer)(**config)`` is the empty layer."""
+        names = inspect.signature(type(self)).parameters
+        values = {name: getattr(self, name) for name in names if name not in ("device", "dtype", "bias")}
+        return values | {"bias": self.bias is not None}
+
+    def to_dense_layer(self) -> nn.Module:
+        """Return an ordinary dense layer of the replaced class that computes the same; no memory is shared."""
+        weight = self.dense_weight().detach()
+        dense = self.replaces(**self.dense_arguments(), device="meta", dtype=weight.dtype)
+        dense = dense.to_empty(device=weight.device)
+        with torch.no_grad():
+            dense.weight.copy_(weight)
+            if self.bias is not None:
+                dense.bias.copy_(self.bias)
+        trainable = any(p.requires_grad for p in self.parameters())
+        dense.requires_grad_(trainable)
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Show the constructor's arguments."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+
+    @classmethod
+    def empty(cls, *, device: torch.device | str | None, dtype: torch.dtype | None, **config: Any) -> Self:
+        """Build a layer from its ``config`` with memory not yet filled; no random number is drawn."""
+        return cls(**config, device="meta", dtype=dtype).to_empty(device=device or "cpu")
+
+
+def layer_cost(layer: nn.Module, input_shape: Sequence[int]) -> Cost:
+    """Return the cost of one call of any leaf layer, compressed or dense."""
+    return layer.cost(input_shape) if isinstance(layer, CompressedLayer) else dense_cost(layer, input_shape)
+
+
+def layer_output_shape(layer: nn.Module, input_shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the output shape of a compressed layer, an ``nn.Conv2d`` or an ``nn.Linear``."""
+    if isinstance(layer, CompressedLayer):
+        return layer.output_shape(input_shape)
+    if isinstance(layer, nn.Linear):
+        return (*input_shape[:-1], layer.out_features)
+    assert isinstance(layer, nn.Conv2d)
+    size = conv_output_size(input_shape[-2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    return (*input_shape[:-3], layer.out_channels, *size)

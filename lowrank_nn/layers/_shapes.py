@@ -1,0 +1,128 @@
+"""What all compressed layers of one dense kind share: the dense layer's arguments, shapes and bias."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_nn.cost import conv_output_size
+from lowrank_nn.errors import OptionError
+from lowrank_nn.layers._base import CompressedLayer
+
+Size = int | Sequence[int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+def pair(value: Size) -> tuple[int, int]:
+    """Return ``value`` as (height, width): an int counts for both."""
+    if isinstance(value, int):
+        return (value, value)
+    height, width = value
+    return (int(height), int(width))
+
+
+def draw_bias_(bias: Tensor | None, fan_in: int) -> None:
+    """Fill ``bias`` as torch does: uniform within +-1 / sqrt(fan_in)."""
+    if bias is not None:
+        bound = 1 / math.sqrt(max(1, fan_in))
+        with torch.no_grad():
+            bias.uniform_(-bound, bound)
+
+
+def factor_std(factors: int, terms: int, fan_in: int) -> float:
+    """Return the standard deviation of factor entries whose products add up to torch's default variance.
+
+    torch draws dense weights from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), of variance 1 / (3 fan_in). A sum of
+    ``terms`` products of ``factors`` independent entries of standard deviation s has variance terms * s^(2 factors).
+
+    Args:
+        factors: Number of factors in each product.
+        terms: Number of products that add up to one entry of the dense weight.
+        fan_in: Inputs that one output sums over.
+    """
+    return float((1 / (3 * fan_in * terms)) ** (1 / (2 * factors)))
+
+
+class CompressedConv2d(CompressedLayer):
+    """Base of the layers that replace ``nn.Conv2d``; holds its geometry under the same attribute names."""
+
+    replaces = nn.Conv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size,
+        padding: str | Size,
+        dilation: Size,
+        groups: int,
+        padding_mode: PaddingMode,
+    ) -> None:
+        super().__init__()
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise OptionError(
+                f"{type(self).__name__}: groups must divide in_channels and out_channels, got groups={groups} for "
+                f"in_channels={in_channels} and out_channels={out_channels}."
+            )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
+        self.padding = padding if isinstance(padding, str) else pair(padding)
+        self.padding_mode: PaddingMode = padding_mode
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the dense weight, ``(out_channels, in_channels / groups, kh, kw)``."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs that one output sums over, ``in_channels / groups * kh * kw``."""
+        return math.prod(self.weight_shape[1:])
+
+    def output_shape(self, input_shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the output, ``(*, out_channels, H', W')`` for an input ``(*, in_channels, H, W)``."""
+        size = conv_output_size(input_shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation)
+        return (*input_shape[:-3], self.out_channels, *size)
+
+    def dense_arguments(self) -> dict[str, Any]:
+        """Return the arguments of the ``nn.Conv2d`` of the same shape."""
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        arguments = {name: getattr(self, name) for name in names}
+        return arguments | {"padding_mode": self.padding_mode, "bias": self.bias is not None}
+
+
+class CompressedLinear(CompressedLayer):
+    """Base of the layers that replace ``nn.Linear``."""
+
+    replaces = nn.Linear
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of the dense weight, ``(out_features, in_features)``."""
+        return (self.out_features, self.in_features)
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs that one output sums over, ``in_features``."""
+        return self.in_features
+
+    def output_shape(self, input_shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the output, ``(*, out_features)``."""
+        return (*input_shape[:-1], self.out_features)
+
+    def dense_arguments(self) -> dict[str, Any]:
+        """Return the arguments of the ``nn.Linear`` of the same shape."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+        }

@@ -1,0 +1,341 @@
+"""Layers from the singular value decomposition: a matrix of rank r as two smaller ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lowrank_nn.decompose import singular_values, truncated_svd
+from lowrank_nn.errors import OptionError
+from lowrank_nn.layers._base import register_layer
+from lowrank_nn.layers._lowrank import LowRankLayer
+from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
+from lowrank_nn.layers._shapes import (
+    CompressedConv2d,
+    CompressedLinear,
+    PaddingMode,
+    Size,
+    draw_bias_,
+    factor_std,
+)
+from lowrank_nn.layers._source import Source, read_layer
+
+Order = Literal["spatial_first", "pointwise_first"]
+
+
+class _MatrixProblem(RankProblem):
+    """The rank of one matrix per group; subclasses give the cost."""
+
+    def __init__(self, name: str, matrices: Tensor) -> None:
+        self.name = name
+        self.matrices = matrices
+        self.groups, self.rows, self.columns = matrices.shape
+        self.limits = (min(self.rows, self.columns),)
+
+    def unfoldings(self) -> tuple[Tensor, ...]:
+        return (self.matrices,)
+
+    def params(self, *ranks: IntArray | int) -> IntArray:
+        return np.asarray(ranks[0]) * self.groups * (self.rows + self.columns)
+
+    def table(self) -> RankTable:
+        # Eckart-Young: the squared error of rank r is the sum of the squared singular values after the r-th.
+        squares = torch.stack([singular_values(m) for m in self.matrices]).square().sum(0).cpu().numpy()
+        tails = np.append(np.cumsum(squares[::-1])[::-1][1:], 0.0)
+        return RankTable(np.arange(1, self.limits[0] + 1)[:, None], tails)
+
+
+class _LinearProblem(_MatrixProblem):
+    def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
+        return self.params(*ranks) * positions.batch
+
+    def dense(self, positions: Positions) -> tuple[int, int]:
+        return self.rows * self.columns, self.rows * self.columns * positions.batch
+
+    def typical_positions(self) -> Positions:
+        return Positions()
+
+
+@register_layer
+class SVDLinear(LowRankLayer, CompressedLinear):
+    r"""``nn.Linear`` with a weight of rank at most ``rank``: y = B (A x) + b.
+
+    Needs rank * (in_features + out_features) parameters in place of in_features * out_features.
+
+    Args:
+        in_features: Size of each input sample.
+        out_features: Size of each output sample.
+        bias: Whether to add a learnable bias.
+        rank: Inner size, from 1 to ``min(in_features, out_features)``.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Shape:
+        - Input: ``(*, in_features)``
+        - Output: ``(*, out_features)``
+
+    Attributes:
+        reduce: ``nn.Linear`` from ``in_features`` to ``rank``, without bias: A.
+        expand: ``nn.Linear`` from ``rank`` to ``out_features``: B and b.
+
+    Raises:
+        RankError: ``rank`` is out of range.
+
+    References:
+        Denton et al. 2014, "Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation".
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.rank = check_rank(type(self).__name__, rank, min(in_features, out_features))
+        self.reduce = nn.Linear(in_features, self.rank, bias=False, device=device, dtype=dtype)
+        self.expand = nn.Linear(self.rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    @classmethod
+    def from_pretrained_layer(cls, layer: nn.Module, *, rank: int | RankRule) -> Self:
+        """Build the layer whose weight is nearest to that of ``layer`` in Frobenius norm (Eckart-Young).
+
+        Args:
+            layer: A trained ``nn.Linear``; not changed.
+            rank: The rank, or a rule that chooses it: ``VBMF()``, ``Energy(0.95)``, ``Params(0.3)``, ``SpeedUp(2)``.
+
+        Raises:
+            UnsupportedLayerError: The layer cannot be carried over whole.
+            RankError: ``rank`` is out of range, or the rule finds none.
+        """
+        source = read_layer(layer, cls)
+        new = source.empty(cls, rank=cls.resolve_rank(rank, source))
+        new.approximate_(source.weight)
+        return source.finish(new)
+
+    @classmethod
+    def rank_problem(cls, source: Source, **options: Any) -> RankProblem:
+        """Return what rank rules and the planner ask about ``source`` in this format."""
+        return _LinearProblem(cls.__name__, source.weight[None])
+
+    @torch.no_grad()
+    def approximate_(self, weight: Tensor) -> None:
+        """Set the factors to the truncated SVD of ``weight``, shape ``(out_features, in_features)``."""
+        left, right = truncated_svd(weight, self.rank)
+        self.expand.weight.copy_(left)
+        self.reduce.weight.copy_(right)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw factors whose product has the variance of ``nn.Linear``'s default weight."""
+        std = factor_std(2, self.rank, self.fan_in)
+        self.reduce.weight.normal_(0, std)
+        self.expand.weight.normal_(0, std)
+        draw_bias_(self.expand.bias, self.fan_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply both factors: ``(*, in_features)`` to ``(*, out_features)``."""
+        y: Tensor = self.expand(self.reduce(x))
+        return y
+
+    def dense_weight(self) -> Tensor:
+        """Return B A, shape ``(out_features, in_features)``."""
+        return self.expand.weight @ self.reduce.weight
+
+    def stages(self) -> Iterator[nn.Module]:
+        """Yield ``reduce`` and ``expand``."""
+        yield self.reduce
+        yield self.expand
+
+
+class _ConvProblem(_MatrixProblem):
+    def __init__(self, source: Source, order: Order) -> None:
+        arguments = source.arguments
+        super().__init__("SVDConv2d", _unfold(source.weight, arguments["groups"], order))
+        self.order = order
+        self.taps = source.weight[0, 0].numel()
+        self.stride: tuple[int, int] = arguments["stride"]
+
+    def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
+        # The second convolution runs on output positions; a leading 1x1 runs on every input position.
+        first = positions.outputs if self.order == "spatial_first" else positions.inputs
+        return np.asarray(ranks[0]) * self.groups * self._weighted(first, positions.outputs)
+
+    def _weighted(self, first: int, second: int) -> int:
+        if self.order == "spatial_first":
+            return self.columns * first + self.rows * second
+        return self.rows * first + self.columns * second
+
+    def dense(self, positions: Positions) -> tuple[int, int]:
+        params = self.groups * self.rows * self.columns
+        return params, params * positions.outputs
+
+    def typical_positions(self) -> Positions:
+        return Positions(1, *self.stride, 1, 1)
+
+
+def _unfold(weight: Tensor, groups: int, order: Order) -> Tensor:
+    """Return the matrix of each group, ``(groups, O/g, I/g K^2)``, or ``(groups, I/g, O/g K^2)`` pointwise first."""
+    blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return blocks.flatten(2) if order == "spatial_first" else blocks.transpose(1, 2).flatten(2)
+
+
+@register_layer
+class SVDConv2d(LowRankLayer, CompressedConv2d):
+    r"""``nn.Conv2d`` as a k x k convolution and a 1 x 1, from the SVD of the unfolded kernel.
+
+    With ``order="spatial_first"`` the k x k convolution maps to ``rank`` channels per group, then a 1 x 1 expands:
+    W[o, i, h, w] = sum_r B[o, r] A[r, i, h, w], with rank (C_in K^2 + C_out) parameters. With
+    ``order="pointwise_first"`` a 1 x 1 reduces first: W[o, i, h, w] = sum_r B[o, r, h, w] A[r, i], with
+    rank (C_in + C_out K^2) parameters. On a 1 x 1 kernel both are the plain SVD of the matrix. Grouped
+    convolutions are factorised group by group, ``rank`` in each.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Height and width of the kernel.
+        stride: Stride, on the k x k convolution.
+        padding: Zero padding (int, pair, ``"same"`` or ``"valid"``), on the k x k convolution.
+        dilation: Spacing of the kernel's taps.
+        groups: Number of blocked connections.
+        bias: Whether to add a learnable bias.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        rank: Channels between the two, per group; up to ``min(C_out / g, C_in / g K^2)`` spatial first,
+            ``min(C_in / g, C_out / g K^2)`` pointwise first.
+        order: Which of the two convolutions comes first.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Shape:
+        - Input: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``
+        - Output: ``(N, out_channels, H', W')`` or ``(out_channels, H', W')``
+
+    Attributes:
+        reduce: The first convolution, without bias: A.
+        expand: The second convolution: B and the bias.
+
+    Raises:
+        RankError: ``rank`` is out of range.
+        OptionError: ``order`` is neither of the two, or ``groups`` does not divide the channels.
+
+    References:
+        Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classification and Detection".
+    """
+
+    formats: ClassVar[tuple[dict[str, Any], ...]] = ({"order": "spatial_first"}, {"order": "pointwise_first"})
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        *,
+        rank: int,
+        order: Order = "spatial_first",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        if order not in ("spatial_first", "pointwise_first"):
+            raise OptionError(f"SVDConv2d: order must be 'spatial_first' or 'pointwise_first', got {order!r}.")
+        out, inn, *size = self.weight_shape
+        taps = size[0] * size[1]
+        rows, columns = (out // groups, inn * taps) if order == "spatial_first" else (inn, out // groups * taps)
+        self.order: Order = order
+        self.rank = check_rank(type(self).__name__, rank, min(rows, columns))
+        spatial = {
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "padding_mode": self.padding_mode,
+        }
+        pointwise = {"kernel_size": 1}
+        first, second = (spatial, pointwise) if order == "spatial_first" else (pointwise, spatial)
+        kept = {"groups": groups, "device": device, "dtype": dtype}
+        self.reduce = nn.Conv2d(in_channels, groups * self.rank, bias=False, **first, **kept)
+        self.expand = nn.Conv2d(groups * self.rank, out_channels, bias=bias, **second, **kept)
+        self.reset_parameters()
+
+    @classmethod
+    def from_pretrained_layer(cls, layer: nn.Module, *, rank: int | RankRule, order: Order = "spatial_first") -> Self:
+        """Build the layer whose weight is nearest to that of ``layer`` in Frobenius norm (Eckart-Young).
+
+        Args:
+            layer: A trained ``nn.Conv2d``; not changed.
+            rank: The rank per group, or a rule that chooses it.
+            order: Which of the two convolutions comes first.
+
+        Raises:
+            UnsupportedLayerError: The layer cannot be carried over whole.
+            RankError: ``rank`` is out of range, or the rule finds none.
+            OptionError: ``order`` is neither of the two.
+        """
+        source = read_layer(layer, cls)
+        new = source.empty(cls, rank=cls.resolve_rank(rank, source, order=order), order=order)
+        new.approximate_(source.weight)
+        return source.finish(new)
+
+    @classmethod
+    def rank_problem(cls, source: Source, *, order: Order = "spatial_first", **options: Any) -> RankProblem:
+        """Return what rank rules and the planner ask about ``source`` in this format."""
+        return _ConvProblem(source, order)
+
+    @torch.no_grad()
+    def approximate_(self, weight: Tensor) -> None:
+        """Set the factors to the truncated SVD, group by group, of ``weight``, shape ``weight_shape``."""
+        factors = [truncated_svd(m, self.rank) for m in _unfold(weight, self.groups, self.order)]
+        left = torch.stack([factor[0] for factor in factors])  # (g, rows, r)
+        right = torch.stack([factor[1] for factor in factors])  # (g, r, columns)
+        if self.order == "pointwise_first":
+            self.reduce.weight.copy_(left.transpose(1, 2).reshape(self.reduce.weight.shape))
+            out = right.unflatten(2, (self.out_channels // self.groups, -1)).transpose(1, 2)
+            self.expand.weight.copy_(out.reshape(self.expand.weight.shape))
+        else:
+            self.reduce.weight.copy_(right.reshape(self.reduce.weight.shape))
+            self.expand.weight.copy_(left.reshape(self.expand.weight.shape))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw factors whose product has the variance of ``nn.Conv2d``'s default weight."""
+        std = factor_std(2, self.rank, self.fan_in)
+        self.reduce.weight.normal_(0, std)
+        self.expand.weight.normal_(0, std)
+        draw_bias_(self.expand.bias, self.fan_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply both convolutions: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
+        y: Tensor = self.expand(self.reduce(x))
+        return y
+
+    def dense_weight(self) -> Tensor:
+        """Return the product of the factors, shape ``(out_channels, in_channels / groups, kh, kw)``."""
+        first = self.reduce.weight.unflatten(0, (self.groups, -1))  # (g, r, i, h, w)
+        second = self.expand.weight.unflatten(0, (self.groups, -1))  # (g, o, r, h, w)
+        return torch.einsum("gorhw,grihw->goihw", *_broadcast_taps(second, first)).flatten(0, 1)
+
+    def stages(self) -> Iterator[nn.Module]:
+        """Yield ``reduce`` and ``expand``."""
+        yield self.reduce
+        yield self.expand
+
+
+def _broadcast_taps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    taps = torch.broadcast_shapes(a.shape[-2:], b.shape[-2:])
+    return a.expand(*a.shape[:-2], *taps), b.expand(*b.shape[:-2], *taps)
