@@ -1,0 +1,77 @@
+"""Gram matrices and their eigenvectors: the cheap way to singular subspaces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ROW_BLOCK = 128
+_CHUNK_ELEMENTS = 2**24
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """Return float64 for a float64 tensor, float32 for every narrower one."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the lower triangle of ``matrix @ matrix.T``, computed in ``dtype``.
+
+    Blocks above the diagonal are never computed, which halves the work of the product; ``torch.linalg.eigh``
+    reads the lower triangle only. Columns are converted in chunks, so that a wide float32 matrix is never held
+    in float64 as a whole.
+
+    Args:
+        matrix: Shape (m, n).
+        dtype: Data type of the product and of its accumulation.
+
+    Returns:
+        Shape (m, m); entries above the diagonal are not meaningful.
+    """
+    rows = matrix.shape[0]
+    result = matrix.new_zeros((rows, rows), dtype=dtype)
+    for chunk in matrix.split(max(_CHUNK_ELEMENTS // max(rows, 1), 1), dim=1):
+        block = chunk.to(dtype)
+        for start in range(0, rows, _ROW_BLOCK):
+            stop = min(start + _ROW_BLOCK, rows)
+            result[start:stop, :stop].addmm_(block[start:stop], block[:stop].T)
+    return result
+
+
+def leading_eigenvectors(gram_matrix: Tensor, rank: int) -> Tensor:
+    """Return the ``rank`` eigenvectors of largest eigenvalue, in descending order, signs fixed.
+
+    Args:
+        gram_matrix: Symmetric, shape (m, m); only the lower triangle is read.
+        rank: Number of vectors, at most m.
+
+    Returns:
+        Orthonormal columns, shape (m, rank).
+    """
+    vectors: Tensor = torch.linalg.eigh(gram_matrix).eigenvectors
+    return fix_signs(vectors.flip(1)[:, :rank])
+
+
+def fix_signs(columns: Tensor) -> Tensor:
+    """Return the columns with signs chosen so that the entry of largest magnitude is positive."""
+    largest = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True))
+    return columns * torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
+
+
+def leading_left_vectors(matrix: Tensor, rank: int, *, exact: bool = False) -> Tensor:
+    """Return an orthonormal basis of the ``rank`` leading left singular vectors.
+
+    Args:
+        matrix: Shape (m, n).
+        rank: Number of vectors, at most m.
+        exact: Take the singular value decomposition of ``matrix`` itself. A Gram matrix squares the spectrum
+            and so loses directions below sqrt(eps) of the largest singular value.
+
+    Returns:
+        Orthonormal columns, shape (m, rank), in the dtype of ``matrix``.
+    """
+    if not exact:
+        return leading_eigenvectors(gram(matrix, matrix.dtype), rank)
+    rows, columns = matrix.shape
+    vectors = torch.linalg.svd(matrix, full_matrices=rank > min(rows, columns))[0]
+    return fix_signs(vectors[:, :rank])
