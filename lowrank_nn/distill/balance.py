@@ -28,7 +28,7 @@ class FeatureLoss(nn.Module, abc.ABC):
     :math:`t`, the guidance :math:`g` and the energy :math:`e`, the guidance of a student whose features are all zero
     (:math:`\frac{1}{2N} \|r\|^2`; for attention 1/2 per map). So :math:`\lambda g = t` until the features are
     close, and less from there: never above the task loss (up to rounding). :math:`\lambda` is a constant for the
-    gradient, and 0 where the task loss is not above 0 or the teacher's features are all zero.
+    gradient, and 0 where the task loss is not above 0, or where the quotient is not finite.
 
     Args:
         weight: :math:`\lambda`, not below 0, or "balanced".
@@ -144,5 +144,5 @@ class FeatureLoss(nn.Module, abc.ABC):
         """Return lambda by the rule of the class docstring."""
         if self.weight != "balanced":
             return float(self.weight)
-        scale = torch.maximum(guidance, BALANCE_FLOOR * energy)
-        return torch.where(scale > 0, task.clamp(min=0) / scale, 0.0)
+        balanced = task.clamp(min=0) / torch.maximum(guidance, BALANCE_FLOOR * energy)
+        return torch.where(torch.isfinite(balanced), balanced, 0.0)

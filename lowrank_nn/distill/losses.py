@@ -66,12 +66,10 @@ def logit_loss(
     loss = temperature**2 * _kl_divergence(student / temperature, teacher / temperature)
     keep = torch.ones_like(loss, dtype=torch.bool)
     if targets is not None:
-        labels = _labels(targets, student_logits.shape, class_dim)
+        labels = _labels(targets, student_logits.shape, class_dim, dtype)
         if not labels.is_floating_point():
             keep = labels != ignore_index
-        task = F.cross_entropy(
-            student, labels.to(_label_dtype(labels, dtype)), reduction="none", ignore_index=ignore_index
-        )
+        task = F.cross_entropy(student, labels, reduction="none", ignore_index=ignore_index)
         loss = alpha * loss + (1 - alpha) * task
 
     loss = torch.where(keep, loss, 0.0)
@@ -100,7 +98,7 @@ def _checked_dim(logits: Tensor, class_dim: int) -> int:
     return class_dim % logits.ndim
 
 
-def _labels(targets: Tensor, shape: torch.Size, class_dim: int) -> Tensor:
+def _labels(targets: Tensor, shape: torch.Size, class_dim: int, dtype: torch.dtype) -> Tensor:
     """Return the targets as ``F.cross_entropy`` wants them for logits of ``shape`` after ``_classes_second``."""
     probabilities = targets.is_floating_point()
     dim = 0 if len(shape) == 1 else class_dim % len(shape)
@@ -111,11 +109,9 @@ def _labels(targets: Tensor, shape: torch.Size, class_dim: int) -> Tensor:
             f"distill_loss: targets that are {kind} must have shape {expected} for logits of shape {tuple(shape)} with "
             f"classes in dimension {dim}, got {tuple(targets.shape)}. Reshape the targets or pass class_dim."
         )
-    return _classes_second(targets, class_dim) if probabilities else targets.reshape(expected or (1,))
-
-
-def _label_dtype(labels: Tensor, dtype: torch.dtype) -> torch.dtype:
-    return dtype if labels.is_floating_point() else torch.int64
+    if probabilities:
+        return _classes_second(targets, class_dim).to(dtype)
+    return targets.reshape(expected or (1,)).to(torch.int64)
 
 
 def _check_options(temperature: float, alpha: float, reduction: str) -> None:
