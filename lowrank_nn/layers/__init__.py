@@ -2,6 +2,7 @@
 
 from lowrank_nn.layers._base import LAYERS as LAYERS
 from lowrank_nn.layers._base import CompressedLayer as CompressedLayer
+from lowrank_nn.layers._base import Packing as Packing
 from lowrank_nn.layers._base import layer_cost as layer_cost
 from lowrank_nn.layers._base import layer_output_shape as layer_output_shape
 from lowrank_nn.layers._base import register_layer as register_layer

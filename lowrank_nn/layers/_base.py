@@ -8,8 +8,9 @@ pruning and quantizing reach them with no code of their own. ``docs/write_your_o
 from __future__ import annotations
 
 import abc
+import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -37,6 +38,21 @@ def register_layer(cls: LayerClass) -> LayerClass:
             f"{cls.__name__}: a layer of this name is registered already ({known.__module__}); rename yours."
         )
     return cls
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How ``save`` may store one of a layer's own tensors in fewer bytes than its dtype takes.
+
+    Attributes:
+        bits: Width that every entry of an integer tensor fits in: n entries take ceil(n * bits / 8) bytes.
+        mask: Name of the layer's own bool tensor, of the same shape or one that broadcasts to it, that marks the
+            entries that matter. The others are not stored and come back as zeros. The mask itself takes
+            ceil(n / 8) bytes.
+    """
+
+    bits: int | None = None
+    mask: str | None = None
 
 
 class CompressedLayer(nn.Module, abc.ABC):
@@ -87,6 +103,13 @@ class CompressedLayer(nn.Module, abc.ABC):
     @abc.abstractmethod
     def dense_arguments(self) -> dict[str, Any]:
         """Return the constructor arguments of the dense layer of the same shape."""
+
+    def packing(self) -> Mapping[str, Packing]:
+        """Return how ``save`` stores own tensors, by name; those not named are stored whole.
+
+        A layer whose tensors hold less than their dtype overrides this, and counts the same bytes in its cost.
+        """
+        return {}
 
     @property
     def weight(self) -> Tensor:
