@@ -1,0 +1,65 @@
+"""Models without numbers: copies on the meta device, and what a changed model would be recorded to do."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank_nn.graph.sites import Call, Recording, Site
+from lowrank_nn.layers import CompressedLayer, layer_output_shape
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy of ``model`` on the meta device; no tensor is copied on the way."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    with torch.no_grad():
+        return copy.deepcopy(model, memo).to("meta")
+
+
+def derive_recording(recording: Recording, model: nn.Module) -> Recording:
+    """Return ``recording`` as it would be for ``model``, the same network after some layers were replaced.
+
+    A replacement is called with the same shapes as what it replaces, and its stages one after the other; so a
+    model on the meta device, or one with layers that were just swapped, needs no forward of its own.
+
+    Args:
+        recording: Made from the network before.
+        model: The network now; every recorded path must still be there.
+    """
+    sites = []
+    for site in recording.sites:
+        if site.inside is None:
+            layer = model.get_submodule(site.path)
+            sites.append(dataclasses.replace(site, layer=layer))
+            sites.extend(_stages(site, layer))
+    return dataclasses.replace(recording, sites=tuple(sites))
+
+
+def _stages(site: Site, layer: nn.Module) -> Iterator[Site]:
+    """Yield the sites of the leaves inside a compressed layer, with the shapes they are called with."""
+    if not isinstance(layer, CompressedLayer):
+        return
+    shapes = [call.input_shape for call in site.calls]
+    paths = {child: name for name, child in layer.named_modules()}
+    for stage in layer.stages():
+        outputs = [layer_output_shape(stage, shape) for shape in shapes]
+        calls = tuple(Call(before, after) for before, after in zip(shapes, outputs, strict=True))
+        name = paths[stage]
+        yield Site(
+            path=f"{site.path}.{name}" if site.path else name,
+            layer=stage,
+            aliases=tuple(f"{alias}.{name}" for alias in site.aliases),
+            calls=calls,
+            inside=site.path,
+            tied_to=(),
+        )
+        shapes = outputs

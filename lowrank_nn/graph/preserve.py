@@ -1,0 +1,86 @@
+"""Running a model without leaving a trace in it or in the process."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+MODULE_TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+"""Names of the dicts that every module keeps: parameters, buffers, children and hooks."""
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restore ``model`` and the process on exit, however the block ends.
+
+    Restored are, for every module: its attributes (train / eval flag, forward, counters), its tables of parameters,
+    buffers, children and hooks, and the values of its buffers; for the process: the random states of Python, numpy,
+    torch and all CUDA devices in use, grad mode, warnings filters and the switch of torch's fused attention. Not
+    restored are values written into parameters, and changes inside a list or dict that a module holds.
+    """
+    modules = [(module, _attributes(module)) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _has_values(buffer)]
+    with _process_state():
+        try:
+            yield
+        finally:
+            for module, (attributes, tables) in modules:
+                _restore_attributes(module, attributes, tables)
+            for buffer, values in buffers:
+                _restore_values(buffer, values)
+
+
+@contextlib.contextmanager
+def _process_state() -> Iterator[None]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's forward may draw
+    fast_path, grad_mode = torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()
+    with warnings.catch_warnings(), torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            torch.set_grad_enabled(grad_mode)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(python_state)
+
+
+def _attributes(module: nn.Module) -> tuple[dict[str, Any], dict[str, dict[Any, Any]]]:
+    attributes = dict(vars(module))
+    tables = {name: dict(attributes[name]) for name in MODULE_TABLES if name in attributes}
+    return attributes, tables
+
+
+def _restore_attributes(module: nn.Module, attributes: dict[str, Any], tables: dict[str, dict[Any, Any]]) -> None:
+    # The dicts are refilled, not replaced: the handles of hooks point to them.
+    namespace = vars(module)
+    for name in namespace.keys() - attributes.keys():
+        del namespace[name]
+    namespace.update(attributes)
+    for name, entries in tables.items():
+        table = attributes[name]
+        if [(key, id(value)) for key, value in table.items()] != [(key, id(value)) for key, value in entries.items()]:
+            table.clear()
+            table.update(entries)
+
+
+def _has_values(buffer: Tensor) -> bool:
+    return not buffer.is_meta and buffer.layout is torch.strided
+
+
+def _restore_values(buffer: Tensor, values: Tensor) -> None:
+    # An unchanged buffer is not written: a write would invalidate a graph of the user's that saved it for backward.
+    if buffer.shape == values.shape and torch.equal(buffer, values):
+        return
+    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+        if buffer.shape == values.shape:
+            buffer.copy_(values)
+        else:
+            buffer.data = values
