@@ -1,1 +1,8 @@
 """Candidates per layer, their errors, and their allocation under a budget."""
+
+from lowrank_nn.planning.allocation import Choices as Choices
+from lowrank_nn.planning.allocation import allocate as allocate
+from lowrank_nn.planning.budget import Budget as Budget
+from lowrank_nn.planning.candidates import Candidate as Candidate
+from lowrank_nn.planning.candidates import SiteCandidates as SiteCandidates
+from lowrank_nn.planning.candidates import low_rank_candidates as low_rank_candidates

@@ -1,0 +1,159 @@
+"""The step that replaces chosen layers by a chosen class, and the decision about one layer that all steps share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from lowrank_nn.errors import PlanError, RankError, UnsupportedLayerError
+from lowrank_nn.graph import Site
+from lowrank_nn.layers import CompressedLayer, LowRankLayer, RankRule, layer_cost, read_layer
+from lowrank_nn.pipeline.select import Patterns, select
+from lowrank_nn.pipeline.state import Decision, State, Step, build
+
+
+class Apply(Step):
+    """Replace every layer that matches by a compressed class, with the same options everywhere.
+
+    A layer that the class cannot carry over, that the model never calls, whose weight is shared with another layer,
+    or that would not become smaller stays as it is; the report says why.
+
+    Args:
+        layer_class: The compressed class, or several: each layer takes the first that replaces its kind.
+        where: Shell patterns on dotted paths of the layers wanted.
+        but_not: Shell patterns of the layers to leave as they are.
+        strict: Raise instead of leaving a matching layer as it is.
+        **options: Options of the class's ``from_pretrained_layer``, such as ``rank=(16, 16)``.
+
+    Raises:
+        PlanError: An option is unknown to the class.
+    """
+
+    def __init__(
+        self,
+        layer_class: type[CompressedLayer] | Sequence[type[CompressedLayer]],
+        *,
+        where: Patterns = "*",
+        but_not: Patterns = (),
+        strict: bool = False,
+        **options: Any,
+    ) -> None:
+        self.layer_classes = tuple(layer_class) if isinstance(layer_class, Sequence) else (layer_class,)
+        self.where, self.but_not, self.strict, self.options = where, but_not, strict, options
+        for cls in self.layer_classes:
+            check_options(cls, options)
+
+    def __repr__(self) -> str:
+        names = ", ".join(cls.__name__ for cls in self.layer_classes)
+        extra = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"Apply({names}, where={self.where!r}, but_not={self.but_not!r}{extra})"
+
+    def decide(self, state: State) -> list[Decision]:
+        """Decide for each matching layer.
+
+        Raises:
+            PlanError: A pattern matches nothing, or ``strict`` is set and some layers cannot be replaced.
+        """
+        fitting = {site.path: class_for(site, self.layer_classes) for site in state.sites()}
+        sites = [site for site in state.sites() if fitting[site.path] is not None]
+        chosen = select(sites, self.where, self.but_not, "Apply")
+        decisions = []
+        for site in state.watch(chosen, "Apply: ranks"):
+            cls = fitting[site.path]
+            assert cls is not None
+            decisions.append(decide_layer(state, site, cls, self.options))
+        left = [f"{decision.path}: {decision.note}" for decision in decisions if decision.layer_class is None]
+        if self.strict and left:
+            raise PlanError("Apply: strict is set, and these layers cannot be replaced: " + "; ".join(left))
+        return decisions
+
+
+def class_for(site: Site, classes: Sequence[type[CompressedLayer]]) -> type[CompressedLayer] | None:
+    """Return the first class that can stand in for this kind of layer, or None.
+
+    Low-rank classes come before pruning and quantization: they leave the parts of a factorised layer alone, and take
+    a pruned or quantized layer only to refuse it, so that the report says why it stays.
+    """
+    for cls in classes:
+        layer = site.layer
+        if issubclass(cls, LowRankLayer):
+            if site.inside is not None or isinstance(layer, LowRankLayer):
+                continue
+            if isinstance(layer, CompressedLayer) and layer.replaces is cls.replaces:
+                return cls
+        if isinstance(layer, (cls.replaces, *cls.stacks_on)):
+            return cls
+    return None
+
+
+def decide_layer(
+    state: State,
+    site: Site,
+    cls: type[CompressedLayer],
+    options: dict[str, Any],
+    stand_ins: dict[str, Any] | None = None,
+) -> Decision:
+    """Decide whether ``cls`` replaces the layer at ``site``, with rank rules resolved from the given weights.
+
+    Args:
+        state: The dry run.
+        site: The layer, on the meta device.
+        cls: The compressed class.
+        options: Options of its ``from_pretrained_layer``.
+        stand_ins: Values for options that will be measured on data later, so that the layer can be built now.
+    """
+    note = refusal(site)
+    if note:
+        return Decision(site.path, None, note=note)
+    try:
+        options = _with_rank(state, site, cls, options)
+        decision = Decision(site.path, cls, options)
+        new = build(decision, site.layer, stand_ins or {})
+    except (UnsupportedLayerError, RankError) as error:
+        return Decision(site.path, None, note=error.message)
+    if not _saves(site, new):
+        shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return Decision(site.path, None, note=f"{cls.__name__}({shown}) would save nothing")
+    return decision
+
+
+def refusal(site: Site) -> str:
+    """Return why a layer cannot be replaced whatever the class; empty if it can."""
+    if not site.calls:
+        return "the model never calls it"
+    if site.tied_to:
+        return f"its weight is shared with {', '.join(site.tied_to)}"
+    return ""
+
+
+def check_options(cls: type[CompressedLayer], options: dict[str, Any]) -> None:
+    """Refuse options that ``cls.from_pretrained_layer`` does not take.
+
+    Raises:
+        PlanError: An option is unknown to the class.
+    """
+    known = [name for name in inspect.signature(cls.from_pretrained_layer).parameters if name != "layer"]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise PlanError(f"Apply: {cls.__name__} takes no option {', '.join(unknown)}; it takes {', '.join(known)}.")
+
+
+def _with_rank(state: State, site: Site, cls: type[CompressedLayer], options: dict[str, Any]) -> dict[str, Any]:
+    if not issubclass(cls, LowRankLayer) or isinstance(site.layer, CompressedLayer):
+        return dict(options)
+    source = read_layer(state.weights_of(site), cls)  # refuses what only real weights can show, such as NaN
+    variant = {name: value for name, value in options.items() if name != "rank"}
+    rank = options.get("rank")
+    return options | {"rank": cls.resolve_rank(rank, source, **variant)} if isinstance(rank, RankRule) else dict(options)
+
+
+def _saves(site: Site, new: CompressedLayer) -> bool:
+    """Whether ``new`` has fewer params, MACs, bytes or nonzeros, and more of neither params nor MACs."""
+    old = [layer_cost(site.layer, call.input_shape) for call in site.calls]
+    now = [new.cost(call.input_shape) for call in site.calls]
+    macs_before, macs_after = sum(cost.macs for cost in old), sum(cost.macs for cost in now)
+    if now[0].params > old[0].params or macs_after > macs_before:
+        return False
+    smaller = now[0].params < old[0].params or now[0].bytes < old[0].bytes or now[0].nonzeros < old[0].nonzeros
+    return smaller or macs_after < macs_before

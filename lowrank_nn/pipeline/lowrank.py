@@ -1,0 +1,148 @@
+"""The step that chooses format and rank of every layer at once, under the budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lowrank_nn.cost import Cost
+from lowrank_nn.errors import OptionError, PlanError
+from lowrank_nn.graph import Site
+from lowrank_nn.layers import LAYERS, LowRankLayer, RankRule, SVDConv2d, SVDLinear, TuckerConv2d
+from lowrank_nn.pipeline.apply import class_for, decide_layer, refusal
+from lowrank_nn.pipeline.select import Patterns, select
+from lowrank_nn.pipeline.state import Decision, State, Step
+from lowrank_nn.planning import Budget, SiteCandidates, allocate, low_rank_candidates
+
+
+class LowRank(Step):
+    """Replace layers by low-rank formats.
+
+    Without ``rank``, the format (Tucker, SVD, CP: every registered one) and the rank of each layer are chosen
+    together for the whole network: the sum over layers of ||W - W'||^2 / ||W||^2 is made small under the budget, by
+    a Lagrangian multiple-choice knapsack over all candidates, the dense layer included. With a rank rule, each layer is
+    treated by itself: Tucker-2 for k x k convolutions, the SVD for 1 x 1 convolutions and linear layers.
+
+    Args:
+        where: Shell patterns on dotted paths of the layers wanted.
+        but_not: Shell patterns of the layers to leave as they are, such as ``"conv1"``.
+        formats: Low-rank classes to choose from; all registered ones if left out. With a rank rule, each layer takes
+            the first that replaces its kind.
+        rank: A rank rule (``VBMF()``, ``Energy(0.9)``, ``Params(0.3)``, ``SpeedUp(2)``), or None for the budget.
+
+    Raises:
+        OptionError: ``rank`` is neither a rule nor None.
+
+    References:
+        Kim et al. 2016, "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile
+        Applications" (rank rule); Everett 1963, "Generalized Lagrange Multiplier Method" (allocation).
+    """
+
+    def __init__(
+        self,
+        *,
+        where: Patterns = "*",
+        but_not: Patterns = (),
+        formats: Sequence[type[LowRankLayer]] | None = None,
+        rank: RankRule | None = None,
+    ) -> None:
+        if rank is not None and not isinstance(rank, RankRule):
+            raise OptionError(
+                f"LowRank: rank must be a rule such as VBMF() or Energy(0.9), or None to share out the budget, got "
+                f"{rank!r}. For one rank everywhere use Apply(TuckerConv2d, rank=...)."
+            )
+        self.where, self.but_not, self.rank = where, but_not, rank
+        self.formats = None if formats is None else tuple(formats)
+
+    def __repr__(self) -> str:
+        names = None if self.formats is None else [cls.__name__ for cls in self.formats]
+        return f"LowRank(where={self.where!r}, but_not={self.but_not!r}, formats={names}, rank={self.rank!r})"
+
+    def allocates(self) -> bool:
+        """Whether the ranks come from the budget."""
+        return self.rank is None
+
+    def decide(self, state: State) -> list[Decision]:
+        """Decide format and rank of each matching layer.
+
+        Raises:
+            PlanError: A pattern matches nothing, or the budget is missing or cannot be met.
+        """
+        classes = self._classes()
+        sites = [site for site in state.sites() if class_for(site, classes) is not None]
+        chosen = select(sites, self.where, self.but_not, "LowRank")
+        if self.rank is None:
+            return self._share_out(state, chosen, classes)
+        watched = state.watch(chosen, f"LowRank: {self.rank}")
+        return [decide_layer(state, site, self._format_of(site), {"rank": self.rank}) for site in watched]
+
+    def _classes(self) -> tuple[type[LowRankLayer], ...]:
+        return self.formats or tuple(cls for cls in LAYERS.values() if issubclass(cls, LowRankLayer))
+
+    def _format_of(self, site: Site) -> type[LowRankLayer]:
+        """Return the format for a rank rule: the first of the user's, or Tucker for k x k kernels and else the SVD."""
+        classes: tuple[type[LowRankLayer], ...] = self.formats or (TuckerConv2d, SVDConv2d, SVDLinear)
+        if self.formats is None and isinstance(site.layer, nn.Conv2d) and site.layer.kernel_size == (1, 1):
+            classes = (SVDConv2d,)
+        cls = class_for(site, classes)
+        assert cls is not None
+        assert issubclass(cls, LowRankLayer)
+        return cls
+
+    def _share_out(
+        self, state: State, sites: list[Site], classes: tuple[type[LowRankLayer], ...]
+    ) -> list[Decision]:
+        budget = state.budget
+        if budget is None:
+            raise PlanError(
+                "LowRank: there is no budget to share out. Pass budget=Budget(params=0.3) or the like, or a rank rule: "
+                "LowRank(rank=VBMF())."
+            )
+        tables = [self._candidates(state, site, classes) for site in state.watch(sites, "LowRank: candidates")]
+        changeable = sum((table.candidates[0].cost for table in tables if table.candidates), Cost())
+        target = budget.scaled(state.slack)
+        fixed = state.cost() - changeable
+        allowed = target.allowed(state.dense_cost()) - target.spent(fixed)
+        open_tables = [table for table in tables if table.candidates]
+        picks = allocate([table.choices(target) for table in open_tables], allowed)
+        if picks is None:
+            raise PlanError(_cannot_be_met(target, state, fixed, open_tables))
+        chosen = {t.path: t.candidates[i] for t, i in zip(open_tables, picks, strict=True)}
+        return [_decision(table, chosen.get(table.path)) for table in tables]
+
+    def _candidates(self, state: State, site: Site, classes: tuple[type[LowRankLayer], ...]) -> SiteCandidates:
+        note = refusal(site)
+        if note:
+            return SiteCandidates(site.path, [], note)
+        if not isinstance(site.layer, (nn.Conv2d, nn.Linear)):
+            return SiteCandidates(site.path, [], f"it is a {type(site.layer).__name__} already: put LowRank first")
+        key: Any = (LowRank, site.path, classes)
+        if key not in state.cache:
+            state.cache[key] = low_rank_candidates(site, state.weights_of(site), classes)
+        found: SiteCandidates = state.cache[key]
+        return found
+
+
+def _decision(table: SiteCandidates, candidate: Any) -> Decision:
+    if candidate is None or candidate.layer_class is None:
+        return Decision(table.path, None, note=table.note or "dense within the budget: other layers lose less")
+    return Decision(table.path, candidate.layer_class, candidate.options, error=math.sqrt(candidate.error))
+
+
+def _cannot_be_met(target: Budget, state: State, fixed: Cost, tables: list[SiteCandidates]) -> str:
+    """Say what the budget asks and how far low rank alone can go."""
+    dense = state.dense_cost()
+    parts = []
+    for index, (name, share) in enumerate(target.shares().items()):
+        least = float(target.spent(fixed)[index])
+        least += sum(float(table.choices(target).costs[:, index].min()) for table in tables)
+        parts.append(f"{name}={share:.3g} (least possible {least / max(1, getattr(dense, name)):.3g})")
+    return (
+        f"LowRank: the budget {', '.join(parts)} cannot be met with the layers it may change. Allow more, let it change "
+        "more layers, or add pruning or quantization steps."
+    )
+
+

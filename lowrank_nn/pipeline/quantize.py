@@ -1,0 +1,97 @@
+"""The step that turns weights, and activations where asked, into small integers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lowrank_nn.errors import CalibrationError, LowRankError, OptionError
+from lowrank_nn.layers import CompressedLayer, QuantConv2d, QuantLinear
+from lowrank_nn.pipeline.apply import class_for, decide_layer
+from lowrank_nn.pipeline.select import Patterns, select
+from lowrank_nn.pipeline.state import Decision, State, Step
+from lowrank_nn.planning.calibration import collect_input_ranges
+
+_CLASSES: tuple[type[CompressedLayer], ...] = (QuantConv2d, QuantLinear)
+
+
+class Quantize(Step):
+    """Quantize the weights of convolutions and linear layers, the factors of low-rank layers included.
+
+    Args:
+        weights: ``"int2"`` to ``"int8"``.
+        activations: ``"int2"`` to ``"int8"`` for the inputs of each layer, with ranges measured on the calibration
+            batches of ``compress_model``; None leaves activations in floating point.
+        scheme: ``"symmetric"`` (one scale per output channel) or ``"affine"`` (one scale and zero point per tensor).
+        observer: How a range is chosen from what was measured: ``"minmax"``, ``"percentile"`` or ``"mse"``.
+        where: Shell patterns on dotted paths of the layers wanted.
+        but_not: Shell patterns of the layers to leave as they are.
+
+    Raises:
+        OptionError: ``weights`` or ``activations`` is not one of those names.
+    """
+
+    def __init__(
+        self,
+        weights: str = "int8",
+        *,
+        activations: str | None = None,
+        scheme: str = "symmetric",
+        observer: str = "minmax",
+        where: Patterns = "*",
+        but_not: Patterns = (),
+    ) -> None:
+        self.bits = _bits("weights", weights)
+        self.activation_bits = None if activations is None else _bits("activations", activations)
+        self.scheme, self.observer = scheme, observer
+        self.where, self.but_not = where, but_not
+
+    def __repr__(self) -> str:
+        activations = "" if self.activation_bits is None else f", activations='int{self.activation_bits}'"
+        return f"Quantize('int{self.bits}'{activations}, scheme={self.scheme!r})"
+
+    def decide(self, state: State) -> list[Decision]:
+        """Decide for each matching layer.
+
+        Raises:
+            PlanError: A pattern matches nothing.
+            CalibrationError: Activations are to be quantized and there are no calibration batches.
+        """
+        if self.activation_bits is not None and state.calibration is None:
+            raise CalibrationError(
+                "Quantize: activations need calibration batches. Pass compress_model(..., calibration=batches), or leave "
+                "activations=None to quantize weights only."
+            )
+        options = {"bits": self.bits, "scheme": self.scheme, "activation_bits": self.activation_bits}
+        fitting = {site.path: class_for(site, _CLASSES) for site in state.sites()}
+        sites = [site for site in state.sites() if fitting[site.path] is not None]
+        decisions = []
+        for site in select(sites, self.where, self.but_not, "Quantize"):
+            cls = fitting[site.path]
+            assert cls is not None
+            decisions.append(decide_layer(state, site, cls, options, self._stand_ins()))
+        return decisions
+
+    def measure(self, state: State, decisions: list[Decision]) -> dict[str, dict[str, Any]]:
+        """Return the input range of each layer to be quantized, measured on the calibration batches."""
+        if self.activation_bits is None or state.dry:
+            return {decision.path: self._stand_ins() for decision in decisions}
+        assert state.calibration is not None
+        paths = [decision.path for decision in decisions]
+        try:
+            ranges = collect_input_ranges(
+                state.model, state.calibration, paths, observer=self.observer, progress=state.progress
+            )
+        except LowRankError as error:
+            raise type(error)(f"Quantize: {error}") from error
+        return {path: {"input_range": ranges[path]} for path in paths}
+
+    def _stand_ins(self) -> dict[str, Any]:
+        return {} if self.activation_bits is None else {"input_range": (0.0, 1.0)}
+
+
+def _bits(name: str, value: str) -> int:
+    found = re.fullmatch(r"int([2-8])", value)
+    if found is None:
+        raise OptionError(f"Quantize: {name} must be 'int2' to 'int8', got {value!r}.")
+    return int(found[1])

@@ -1,0 +1,57 @@
+"""Which layers a step is about: shell patterns on dotted paths."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from lowrank_nn.errors import PlanError
+from lowrank_nn.graph import Site
+
+Patterns = str | Sequence[str]
+
+
+def as_patterns(patterns: Patterns) -> tuple[str, ...]:
+    """Return one pattern or several as a tuple."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def select(sites: Iterable[Site], where: Patterns, but_not: Patterns, step: str) -> list[Site]:
+    """Return the sites that match a pattern of ``where`` and none of ``but_not``.
+
+    Patterns are those of the shell (``*``, ``?``, ``[ab]``; ``*`` crosses dots) and match a layer's dotted path, the
+    path of the compressed layer it is inside, or another name of a shared layer.
+
+    Args:
+        sites: The layers the step could act on.
+        where: Patterns of the layers wanted.
+        but_not: Patterns of the layers to leave as they are.
+        step: Name of the step, for messages.
+
+    Raises:
+        PlanError: A pattern matches no layer; the message lists the paths there are.
+    """
+    sites = list(sites)
+    wanted, unwanted = as_patterns(where), as_patterns(but_not)
+    for pattern in (*wanted, *unwanted):
+        if not any(_matches(site, pattern) for site in sites):
+            raise PlanError(
+                f"{step}: the pattern {pattern!r} matches no layer that this step can act on. "
+                f"There are: {_listing(sites)}."
+            )
+    return [
+        site
+        for site in sites
+        if any(_matches(site, p) for p in wanted) and not any(_matches(site, p) for p in unwanted)
+    ]
+
+
+def _matches(site: Site, pattern: str) -> bool:
+    names = [site.path, *site.aliases] + ([site.inside] if site.inside is not None else [])
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def _listing(sites: list[Site], most: int = 60) -> str:
+    names = [site.path or "'' (the model itself)" for site in sites]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more

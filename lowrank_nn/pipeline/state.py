@@ -1,0 +1,144 @@
+"""What a step of a recipe sees, and what it decides."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from lowrank_nn.cost import Cost
+from lowrank_nn.errors import LowRankError
+from lowrank_nn.graph import Recording, Site, model_cost, replace_module
+from lowrank_nn.graph.derive import derive_recording
+from lowrank_nn.layers import CompressedLayer
+from lowrank_nn.planning import Budget
+
+Item = TypeVar("Item")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What becomes of one layer in one step.
+
+    Attributes:
+        path: The layer's dotted path.
+        layer_class: The class that replaces it, or None where it stays as it is.
+        options: What ``from_pretrained_layer`` is called with, apart from measured data.
+        note: Why the layer stays as it is; empty where it is replaced.
+        error: Predicted relative change of the weight, ||W - W'|| / ||W||, where the step knows it.
+    """
+
+    path: str
+    layer_class: type[CompressedLayer] | None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""
+    error: float | None = None
+
+
+@dataclasses.dataclass
+class State:
+    """The model on its way through a recipe.
+
+    Attributes:
+        model: The model as the steps before left it; on the meta device in a dry run.
+        dense: The model as it was given; never changed.
+        original: What the given model was recorded to do.
+        example_inputs: What the model is called with.
+        calibration: Batches of such inputs, or None.
+        budget: What may remain at the end of the recipe, or None.
+        slack: Factor by which a step that allocates may exceed the budget, because later steps save the rest.
+        seed: Seed of everything random.
+        progress: Whether long work shows a progress bar (never when the output is not a terminal).
+        dry: Whether this is a dry run: structure without numbers.
+        cache: What steps computed from the given weights and want to find again in the next dry run.
+    """
+
+    model: nn.Module
+    dense: nn.Module
+    original: Recording
+    example_inputs: Any
+    calibration: Iterable[Any] | None = None
+    budget: Budget | None = None
+    slack: float = 1.0
+    seed: int = 0
+    progress: bool = True
+    dry: bool = False
+    cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def sites(self) -> tuple[Site, ...]:
+        """Return the layers as they are now, with the shapes they are called with."""
+        return self.recording().sites
+
+    def recording(self) -> Recording:
+        """Return what the given model was recorded to do, with the layers as they are now."""
+        return derive_recording(self.original, self.model)
+
+    def cost(self) -> Cost:
+        """Return the cost of the model as it is now."""
+        return model_cost(self.model, self.recording())
+
+    def dense_cost(self) -> Cost:
+        """Return the cost of the model as it was given."""
+        return model_cost(self.dense, self.original)
+
+    def weights_of(self, site: Site) -> nn.Module:
+        """Return the given model's layer at this site: in a dry run the place to find numbers."""
+        return self.dense.get_submodule(site.path)
+
+    def replace(self, path: str, new: nn.Module) -> None:
+        """Put ``new`` in the place of the layer at ``path``, under all its names."""
+        self.model = replace_module(self.model, path, new)
+
+    def watch(self, items: Iterable[Item], title: str) -> Iterable[Item]:
+        """Iterate under a progress bar; none in a dry run, on request, or when the output is not a terminal."""
+        hidden = True if self.dry or not self.progress else None
+        return tqdm(items, desc=title, disable=hidden, leave=False)
+
+
+def build(decision: Decision, layer: nn.Module, data: dict[str, Any]) -> CompressedLayer:
+    """Build what ``decision`` says from ``layer``; errors come back with the layer's path in front."""
+    assert decision.layer_class is not None
+    try:
+        factory: Any = decision.layer_class.from_pretrained_layer  # type: ignore[attr-defined]
+        new: CompressedLayer = factory(layer, **decision.options, **data)
+    except LowRankError as error:
+        raise error.at(decision.path) from error
+    return new
+
+
+class Step(abc.ABC):
+    """One step of a recipe.
+
+    First, on the meta device, every step decides what becomes of each layer (from the structure and, where it must,
+    from the given weights) and carries its decisions out on the model without numbers: that is the plan. Then the
+    same decisions are carried out on a copy of the model itself, so plan and result cannot drift apart.
+    """
+
+    @abc.abstractmethod
+    def decide(self, state: State) -> list[Decision]:
+        """Return a decision for every layer that this step is about.
+
+        Raises:
+            PlanError: The step cannot be carried out on this model.
+        """
+
+    def execute(self, state: State, decisions: list[Decision]) -> None:
+        """Replace the layers as decided, each filled from the layer it replaces."""
+        replaced = [decision for decision in decisions if decision.layer_class is not None]
+        data = self.measure(state, replaced)
+        for decision in state.watch(replaced, type(self).__name__):
+            layer = state.model.get_submodule(decision.path)
+            state.replace(decision.path, build(decision, layer, data.get(decision.path, {})))
+
+    def measure(self, state: State, decisions: list[Decision]) -> dict[str, dict[str, Any]]:
+        """Return, per path, the options that need data, such as input ranges; called before any layer changes."""
+        return {}
+
+    def allocates(self) -> bool:
+        """Whether this step chooses what it does by the budget."""
+        return False
+

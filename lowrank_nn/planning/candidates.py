@@ -1,0 +1,124 @@
+"""The low-rank candidates of one layer: every registered format, at many ranks, with error and cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lowrank_nn.cost import Cost
+from lowrank_nn.errors import LowRankError
+from lowrank_nn.graph import Site
+from lowrank_nn.layers import LowRankLayer, read_layer
+from lowrank_nn.layers._ranks import Positions
+from lowrank_nn.planning.allocation import Choices, Floats
+from lowrank_nn.planning.budget import Budget
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to replace a layer; ``layer_class`` None is the dense layer itself.
+
+    Attributes:
+        layer_class: The compressed class.
+        options: What its ``from_pretrained_layer`` is called with.
+        error: Relative squared change of the weight, ||W - W'||^2 / ||W||^2.
+        cost: Params, MACs and bytes of the weight (no bias).
+    """
+
+    layer_class: type[LowRankLayer] | None
+    options: dict[str, Any]
+    error: float
+    cost: Cost
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteCandidates:
+    """The candidates of one site, the dense layer first, and the reason if there is no other.
+
+    Attributes:
+        path: The layer's dotted path.
+        candidates: The dense layer, then all that save something.
+        note: Why there are no others; empty if there are.
+    """
+
+    path: str
+    candidates: list[Candidate]
+    note: str = ""
+
+    def choices(self, budget: Budget) -> Choices:
+        """Return errors and costs as the allocation takes them."""
+        errors: Floats = np.array([candidate.error for candidate in self.candidates])
+        return Choices(errors, np.stack([budget.spent(candidate.cost) for candidate in self.candidates]))
+
+
+def low_rank_candidates(site: Site, layer: nn.Module, classes: Sequence[type[LowRankLayer]]) -> SiteCandidates:
+    """List every format and rank for ``layer`` that saves parameters or MACs and costs more of neither.
+
+    Args:
+        site: Where the layer is and what it was called with.
+        layer: The trained layer, with its weights.
+        classes: Formats to consider; those that do not replace this kind of layer are skipped.
+    """
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    positions = site_positions(site)
+    itemsize = weight.element_size()
+    norm = max(float(weight.detach().double().square().sum()), 1e-300)
+    found: list[Candidate] = []
+    notes: list[str] = []
+    for cls in (cls for cls in classes if isinstance(layer, cls.replaces)):
+        for options in cls.formats:
+            try:
+                source = read_layer(layer, cls)
+                problem = cls.rank_problem(source, **options)
+                ranks, errors = problem.table()
+            except LowRankError as error:
+                notes.append(error.message)
+                continue
+            params = problem.params(*ranks.T)
+            macs = sum(problem.macs(p, *ranks.T) for p in positions)
+            dense_params = problem.dense(positions[0])[0]
+            dense_macs = sum(problem.dense(p)[1] for p in positions)
+            saves = (params <= dense_params) & (macs <= dense_macs) & ((params < dense_params) | (macs < dense_macs))
+            for i in np.flatnonzero(saves):
+                rank = cls.rank_argument(tuple(int(r) for r in ranks[i]), problem.limits)
+                size = int(params[i])
+                cost = Cost(size, int(np.asarray(macs)[i]), size * itemsize, size)
+                found.append(Candidate(cls, {"rank": rank, **options}, max(0.0, float(errors[i])) / norm, cost))
+    size = weight.numel()
+    macs = sum(call_macs(p, layer) for p in positions)
+    dense = Candidate(None, {}, 0.0, Cost(size, macs, size * itemsize, size))
+    note = "" if found else (notes[0] if notes else "no format at any rank is smaller")
+    return SiteCandidates(site.path, [dense, *_undominated(found)], note)
+
+
+def site_positions(site: Site) -> list[Positions]:
+    """Return how often the kernel is applied in each recorded call of a convolution or linear layer."""
+    if isinstance(site.layer, nn.Linear):
+        return [Positions(batch=int(np.prod(call.input_shape[:-1]))) for call in site.calls]
+    return [Positions.of(call.input_shape, call.output_shape) for call in site.calls]
+
+
+def call_macs(positions: Positions, layer: nn.Module) -> int:
+    """Return the MACs of one call of a dense ``nn.Conv2d`` or ``nn.Linear``."""
+    assert isinstance(layer.weight, nn.Parameter)
+    return layer.weight.numel() * positions.outputs
+
+
+def _undominated(candidates: list[Candidate]) -> list[Candidate]:
+    """Drop candidates that another one beats or equals in error, params and MACs."""
+    if not candidates:
+        return []
+    table = np.array([(c.error, c.cost.params, c.cost.macs) for c in candidates])
+    order = np.lexsort((table[:, 2], table[:, 1], table[:, 0]))
+    kept: list[int] = []
+    front = np.empty((0, 2))
+    for i in order:  # by rising error: keep what is strictly cheaper than all before it in params or MACs
+        if not (front <= table[i, 1:]).all(axis=1).any():
+            kept.append(int(i))
+            front = np.vstack([front, table[i, 1:]])
+    return [candidates[i] for i in sorted(kept)]
