@@ -190,7 +190,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 # torch 2.13 leaves the CPU's fused attention out of the registry of FlopCounterMode, which then counts it as nothing.
