@@ -30,8 +30,9 @@ def gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """
     rows = matrix.shape[0]
     result = matrix.new_zeros((rows, rows), dtype=dtype)
-    for chunk in matrix.split(max(_CHUNK_ELEMENTS // max(rows, 1), 1), dim=1):
-        block = chunk.to(dtype)
+    width = max(_CHUNK_ELEMENTS // max(rows, 1), 1)
+    for first in range(0, matrix.shape[1], width):
+        block = matrix[:, first : first + width].to(dtype)
         for start in range(0, rows, _ROW_BLOCK):
             stop = min(start + _ROW_BLOCK, rows)
             result[start:stop, :stop].addmm_(block[start:stop], block[:stop].T)

@@ -20,10 +20,11 @@ def cp_epc(tensor: Tensor, factors: Sequence[Tensor], *, tolerance: float = 1.05
 
     .. math:: \min_{A, B, C} s(A, B, C) \quad \text{s.t.} \quad \|X - [[A, B, C]]\|_F \le \delta
 
-    with s the sensitivity (:func:`cp_sensitivity`) and delta = ``tolerance`` times the error of ``factors``; where
+    with s the sensitivity (:func:`cp_sensitivity`) and delta = ``tolerance`` times the error of ``factors``. Where
     the factors explain less than half of the tensor's energy, delta^2 exceeds their squared error by
-    (tolerance^2 - 1) times the energy explained instead, so that a poor fit is never traded for zero. In each mode the problem is a ridge regression whose residual grows with the ridge; the largest admissible ridge is
-    found by bisection. Factors that hold the tensor exactly are returned as they are.
+    (tolerance^2 - 1) times the energy explained instead, so that a poor fit is never traded for zero. In each mode
+    the problem is a ridge regression whose residual grows with the ridge; the largest admissible ridge is found by
+    bisection. Factors that hold the tensor exactly are returned as they are, balanced.
     After Phan et al. 2020 (Stable low-rank tensor decomposition for compression of convolutional neural network).
 
     Args:
@@ -80,7 +81,8 @@ def _ridge_update(X: Unfolding, product: Tensor, factors: Sequence[Tensor], mode
     resolved = eigenvalues > eigenvalues[-1].clamp(min=0) * torch.finfo(torch.float64).eps
     eigenvalues, energy = eigenvalues.clamp(min=0)[resolved], energy[resolved]
     ridge = _largest_ridge(eigenvalues, energy, X.squared_norm, bound)
-    return (projected[:, resolved] / (eigenvalues + ridge)) @ V[:, resolved].T * scale
+    updated: Tensor = (projected[:, resolved] / (eigenvalues + ridge)) @ V[:, resolved].T * scale
+    return updated
 
 
 def _largest_ridge(eigenvalues: Tensor, energy: Tensor, squared_norm: float, bound: float) -> float:

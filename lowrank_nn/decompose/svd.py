@@ -63,7 +63,8 @@ def singular_values(matrix: Tensor) -> Tensor:
         values: Tensor = torch.linalg.svdvals(matrix)
         return values
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    return torch.linalg.eigvalsh(gram(wide, torch.float64)).flip(0).clamp(min=0).sqrt()
+    eigenvalues: Tensor = torch.linalg.eigvalsh(gram(wide, torch.float64))
+    return eigenvalues.flip(0).clamp(min=0).sqrt()
 
 
 def _left_basis(matrix: Tensor, rank: int) -> Tensor:

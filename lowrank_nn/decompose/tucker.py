@@ -34,15 +34,16 @@ def tucker2(kernel: Tensor, rank: tuple[int | None, int | None], *, sweeps: int 
 
     .. math:: K_{o i p} \approx \sum_{a b} U^{out}_{o a} \, G_{a b p} \, U^{in}_{i b}
 
-    Starts from the leading eigenvectors of the output mode's Gram matrix and improves both factors in turn (HOOI).
-    Computed in float32 unless the truncated tail is so small that float64 is needed.
+    Starts from the leading eigenvectors of the output mode's Gram matrix and computes both factors in turn (HOOI).
+    Works in float32 unless the truncated tail is so small that float64 is needed.
     After Kim et al. 2016 (Compression of deep convolutional neural networks for fast and low power mobile
     applications) and De Lathauwer et al. 2000 (On the best rank-1 and rank-(R1, ..., RN) approximation).
 
     Args:
         kernel: Shape (O, I, *spatial) with any number of spatial dimensions, any floating dtype.
         rank: (r_out, r_in), from 1 to O and from 1 to I; None leaves that mode as it is.
-        sweeps: Number of times both factors are updated; 0 gives the plain truncated bases.
+        sweeps: Number of times both factors are computed, at least 1; a single sweep is the sequentially
+            truncated HOSVD. Has no effect where only one mode is truncated.
 
     Returns:
         Core and factors in the dtype of ``kernel``.
@@ -97,19 +98,30 @@ def tucker2_errors(kernel: Tensor) -> Tensor:
 def _decompose(
     kernel: Tensor, rank: tuple[int | None, int | None], sweeps: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run HOOI in the cheapest arithmetic that resolves the truncated tail."""
-    dtype = working_dtype(kernel)
-    # A float32 product on an accelerator may silently run in a narrower format.
-    attempts = [(dtype, False)] if kernel.device.type == "cpu" else []
-    attempts += [(torch.float64, False)] if (torch.float64, False) not in attempts else []
-    attempts += [(torch.float64, True)] if dtype == torch.float64 else []
+    """Run HOOI on a kernel of shape (O, I, P) in the cheapest arithmetic that resolves the truncated tail."""
+    # A full rank needs no search: any basis is optimal, and the identity is exact.
+    searched = tuple(None if r == size else r for r, size in zip(rank, kernel.shape[:2], strict=True))
     total = _energy(kernel)
-    for attempt_dtype, exact in attempts:
-        core, out_factor, in_factor = _hooi(kernel.to(attempt_dtype), rank, sweeps, exact)
+    for dtype, exact in _attempts(kernel):
+        X = kernel.to(dtype)
+        core, out_factor, in_factor = _hooi(X, searched[0], searched[1], sweeps, exact)
         tail = math.sqrt(max(1 - _energy(core) / total, 0.0)) if total > 0 else 1.0
-        if tail > _TAIL_LIMIT[attempt_dtype] or core.shape == kernel.shape:
+        if tail > _TAIL_LIMIT[dtype] or core.shape == kernel.shape:
             break
+    if rank[0] == kernel.shape[0]:
+        out_factor = torch.eye(kernel.shape[0], dtype=core.dtype, device=core.device)
+    if rank[1] == kernel.shape[1]:
+        in_factor = torch.eye(kernel.shape[1], dtype=core.dtype, device=core.device)
     return core, out_factor, in_factor
+
+
+def _attempts(kernel: Tensor) -> list[tuple[torch.dtype, bool]]:
+    """Return pairs (dtype, decompose without Gram matrices), the cheapest first."""
+    if kernel.dtype == torch.float64:
+        return [(torch.float64, False), (torch.float64, True)]
+    # A float32 product on an accelerator may silently run in a narrower format.
+    narrow = [(torch.float32, False)] if kernel.device.type == "cpu" else []
+    return [*narrow, (torch.float64, False)]
 
 
 def _energy(tensor: Tensor) -> float:
@@ -117,36 +129,30 @@ def _energy(tensor: Tensor) -> float:
 
 
 def _hooi(
-    X: Tensor, rank: tuple[int | None, int | None], sweeps: int, exact: bool
+    X: Tensor, r_out: int | None, r_in: int | None, sweeps: int, exact: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Alternate between the two factors; X has shape (O, I, P)."""
+    """Return core and factors of X, shape (O, I, P); a mode whose rank is None keeps its axis."""
     out_channels, in_channels, points = X.shape
-    r_out, r_in = rank
-    out_factor = _full_basis(X, out_channels, r_out)
-    in_factor = _full_basis(X, in_channels, r_in)
-    out_open = r_out is not None and out_factor is None
-    in_open = r_in is not None and in_factor is None
     X_out = X.reshape(out_channels, in_channels * points)
-    X_in = X.transpose(0, 1).reshape(in_channels, out_channels * points)
-    if r_out is not None and out_open:
-        out_factor = leading_left_vectors(X_out, r_out, exact=exact)
-    if r_in is not None and in_open:
-        projected = X_out if out_factor is None else out_factor.T @ X_out
-        for sweep in range(max(sweeps, 1)):
-            in_factor = leading_left_vectors(
-                projected.view(-1, in_channels, points).transpose(0, 1).flatten(1), r_in, exact=exact
-            )
-            if r_out is None or not out_open or sweeps == 0:
-                break
-            half = (in_factor.T @ X_in).view(r_in, out_channels, points).transpose(0, 1).flatten(1)
-            out_factor = leading_left_vectors(half, r_out, exact=exact)
-            projected = out_factor.T @ X_out if sweep < sweeps - 1 else projected
-    core = X_in if in_factor is None else in_factor.T @ X_in
-    core = core.view(-1, out_channels, points).transpose(0, 1).flatten(1)
-    core = core if out_factor is None else out_factor.T @ core
-    return core.view(core.shape[0], -1, points), out_factor, in_factor
+    X_in = _exchange(X_out, in_channels)
+    if r_in is None:
+        if r_out is None:
+            return X.clone(), None, None
+        U = leading_left_vectors(X_out, r_out, exact=exact)
+        return (U.T @ X_out).view(r_out, in_channels, points), U, None
+    if r_out is None:
+        V = leading_left_vectors(X_in, r_in, exact=exact)
+        return _exchange(V.T @ X_in, out_channels).view(out_channels, r_in, points), None, V
+    U = leading_left_vectors(X_out, r_out, exact=exact)
+    for sweep in range(sweeps):
+        if sweep > 0:
+            U = leading_left_vectors(_exchange(V.T @ X_in, out_channels), r_out, exact=exact)
+        projected = _exchange(U.T @ X_out, in_channels)
+        V = leading_left_vectors(projected, r_in, exact=exact)
+    core = _exchange(V.T @ projected, r_out)
+    return core.view(r_out, r_in, points), U, V
 
 
-def _full_basis(X: Tensor, size: int, rank: int | None) -> Tensor | None:
-    """Return the identity where the rank is the full size: any basis is optimal, and this one is exact."""
-    return torch.eye(size, dtype=X.dtype, device=X.device) if rank == size else None
+def _exchange(unfolded: Tensor, size: int) -> Tensor:
+    """Turn the unfolding (a, size * P) into the other mode's, (size, a * P)."""
+    return unfolded.view(unfolded.shape[0], size, -1).transpose(0, 1).reshape(size, -1)
