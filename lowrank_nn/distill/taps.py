@@ -38,7 +38,7 @@ class FeatureTap(FeatureLoss):
     enabled, so evaluating it under ``no_grad`` leaves no trace; evaluate a tapped teacher under :meth:`paused`. A tap
     does not own the two layers: its ``parameters()`` are the regressor's (give them to the optimizer). Copies of
     the layers carry no working hook, and a copy of a tap is a removed tap. Layers under activation checkpointing
-    run again in the backward pass and cannot be tapped.
+    run again in the backward pass and cannot be tapped; tap before a model compiled with ``torch.compile`` first runs.
 
     Args:
         layer: The teacher's layer.

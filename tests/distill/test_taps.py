@@ -199,6 +199,33 @@ def test_of_a_tuple_the_first_tensor_counts():
     torch.testing.assert_close(tap(), guidance_loss(student(x), teacher(x)))
 
 
+def test_inside_an_encoder_layer_whose_fast_path_skips_its_leaves():
+    teacher, student = (nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(2))
+    guidance = Guidance(teacher.eval(), student, ["linear1", "norm2", "self_attn"])
+    run(teacher, student, torch.randn(2, 5, 8))
+    guidance().backward()
+    assert student.linear1.weight.grad.abs().sum() > 0
+
+
+def test_compiled_student(models):
+    teacher, student = models
+    x = images()
+    with Guidance(teacher, student, ["stem", "block"]) as plain:
+        run(teacher, student, x)
+        expected = plain()
+    compiled = torch.compile(student, backend="eager")
+    guidance = Guidance(teacher, student, ["stem", "block"])
+    recorders = list(guidance.recorders())
+    for _ in range(2):
+        run(teacher, compiled, x)
+        torch.testing.assert_close(guidance(), expected)
+    with guidance.paused():
+        run(teacher, compiled, x)
+    guidance.remove()
+    run(teacher, compiled, x)
+    assert all(recorder.take() == [] for recorder in recorders)
+
+
 class Returns(nn.Module):
     def __init__(self, output):
         super().__init__()
@@ -242,14 +269,17 @@ def test_evaluation_leaves_no_trace(models):
     guidance = Guidance(teacher, student, ["stem"])
     with torch.no_grad():
         student(images(8))
+    run(teacher, student, images())
+    first = guidance()
+    first.backward()
     with guidance.paused():
         run(teacher, student, images(9))
     run(teacher, student, images())
-    guidance().backward()
+    torch.testing.assert_close(guidance(), first)
     run(teacher, student, images(8))
     guidance.clear()
     run(teacher, student, images())
-    guidance()
+    torch.testing.assert_close(guidance(), first)
 
 
 def test_guidance_is_the_sum_over_taps(models):
