@@ -17,13 +17,10 @@ def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
     return product
 
 
-def gram_product(factors: Sequence[Tensor]) -> Tensor:
-    """Return the element-wise product of the factors' Gram matrices in float64, shape (R, R)."""
-    grams = [factor.double().T @ factor.double() for factor in factors]
-    product = grams[0]
-    for matrix in grams[1:]:
-        product = product * matrix
-    return product
+def factor_gram(factor: Tensor) -> Tensor:
+    """Return ``factor.T @ factor`` in float64, shape (R, R)."""
+    wide = factor.double()
+    return wide.T @ wide
 
 
 def balance(factors: Sequence[Tensor]) -> list[Tensor]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lowrank_nn.decompose._cp_start import slice_terms
 from lowrank_nn.decompose._gram import working_dtype
-from lowrank_nn.decompose._khatri_rao import Unfolding, balance, gram_product, khatri_rao
+from lowrank_nn.decompose._khatri_rao import Unfolding, balance, factor_gram, khatri_rao
 from lowrank_nn.decompose.epc import cp_epc
 
 # A sweep that lowers the squared error by less than this share ends the iteration.
-_STAGNATION = 1e-5
+_STAGNATION = 1e-4
 _EXACT = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
@@ -116,29 +116,32 @@ def _alternate(tensor: Tensor, factors: Sequence[Tensor], sweeps: int) -> list[T
     """Update the factors in turn until the error stagnates."""
     X = Unfolding(tensor)
     current = list(factors)
+    grams = [factor_gram(factor) for factor in current]
     previous = math.inf
     for _ in range(sweeps):
         partial = X.without_second(current)
-        current[0] = _update(X.contract_points(partial, current), current, 0)
+        _update(X.contract_points(partial, current), current, grams, 0)
         small = X.contract_rows(partial, current[0])
         for mode in range(2, len(current)):
-            current[mode] = _update(X.contract_small(small, current, mode), current, mode)
+            _update(X.contract_small(small, current, mode), current, grams, mode)
         product = X.contract_points(X.without_first(current), current)
-        current[1] = _update(product, current, 1)
-        current = balance(current)
-        scale = torch.linalg.vector_norm(product, dtype=torch.float64)
-        inner = float((product.double() * current[1].double()).sum()) if scale > 0 else 0.0
-        error = X.squared_norm - 2 * inner + float(gram_product(current).sum())
+        _update(product, current, grams, 1)
+        inner = float((product.double() * current[1].double()).sum())
+        error = X.squared_norm - 2 * inner + float(torch.stack(grams).prod(dim=0).sum())
         if error > previous * (1 - _STAGNATION):
             break
         previous = error
     return current
 
 
-def _update(product: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor:
-    """Solve the normal equations of one mode; a proximal term keeps them definite without moving the optimum."""
-    H = gram_product([factor for other, factor in enumerate(factors) if other != mode])
+def _update(product: Tensor, factors: list[Tensor], grams: list[Tensor], mode: int) -> None:
+    """Solve the normal equations of one mode in place; ``product`` is the tensor times all other factors.
+
+    The proximal term keeps the equations definite and vanishes at a fixed point.
+    """
+    H = torch.stack([matrix for other, matrix in enumerate(grams) if other != mode]).prod(dim=0)
     ridge = torch.finfo(product.dtype).eps * H.diagonal().mean() + torch.finfo(torch.float64).tiny
     H.diagonal().add_(ridge)
     right = product.double() + ridge * factors[mode].double()
-    return torch.cholesky_solve(right.T, torch.linalg.cholesky(H)).T.to(product.dtype)
+    factors[mode] = torch.cholesky_solve(right.T, torch.linalg.cholesky(H)).T.to(product.dtype)
+    grams[mode] = factor_gram(factors[mode])

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowrank_nn.decompose._khatri_rao import Unfolding, balance, gram_product, khatri_rao
+from lowrank_nn.decompose._khatri_rao import Unfolding, balance, factor_gram, khatri_rao
 
 # A sweep that lowers the sensitivity by less than this share ends the iteration.
-_STAGNATION = 1e-4
+_STAGNATION = 1e-3
 
 
 @torch.no_grad()
@@ -73,9 +73,10 @@ def _correct(X: Unfolding, start: list[Tensor], bound: float, sweeps: int) -> li
 def _ridge_update(X: Unfolding, product: Tensor, factors: Sequence[Tensor], mode: int, bound: float) -> Tensor:
     """Return the factor of least weighted norm whose squared error is ``bound`` (or the least error possible)."""
     others = [factor for other, factor in enumerate(factors) if other != mode]
+    H = torch.stack([factor_gram(factor) for factor in others]).prod(dim=0)
     weights = _sensitivity_weights(others)
     scale = torch.where(weights > 0, weights.rsqrt(), 0.0)
-    eigenvalues, V = torch.linalg.eigh(scale[:, None] * gram_product(others) * scale)
+    eigenvalues, V = torch.linalg.eigh(scale[:, None] * H * scale)
     projected = (product * scale) @ V
     energy = projected.square().sum(dim=0)
     resolved = eigenvalues > eigenvalues[-1].clamp(min=0) * torch.finfo(torch.float64).eps
