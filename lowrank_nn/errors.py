@@ -50,6 +50,10 @@ class PlanError(LowRankError, ValueError):
     """A recipe or budget that cannot be carried out on this model."""
 
 
+class BudgetError(PlanError):
+    """A budget that cannot be met."""
+
+
 class TrainingError(LowRankError, RuntimeError):
     """Training that cannot go on, such as a loss that is not finite."""
 

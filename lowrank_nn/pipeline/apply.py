@@ -145,7 +145,9 @@ def _with_rank(state: State, site: Site, cls: type[CompressedLayer], options: di
     source = read_layer(state.weights_of(site), cls)  # refuses what only real weights can show, such as NaN
     variant = {name: value for name, value in options.items() if name != "rank"}
     rank = options.get("rank")
-    return options | {"rank": cls.resolve_rank(rank, source, **variant)} if isinstance(rank, RankRule) else dict(options)
+    return (
+        options | {"rank": cls.resolve_rank(rank, source, **variant)} if isinstance(rank, RankRule) else dict(options)
+    )
 
 
 def _saves(site: Site, new: CompressedLayer) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lowrank_nn.cost import Cost
-from lowrank_nn.errors import OptionError, PlanError
+from lowrank_nn.errors import BudgetError, OptionError, PlanError
 from lowrank_nn.graph import Site
 from lowrank_nn.layers import LAYERS, LowRankLayer, RankRule, SVDConv2d, SVDLinear, TuckerConv2d
 from lowrank_nn.pipeline.apply import class_for, decide_layer, refusal
@@ -69,7 +69,8 @@ class LowRank(Step):
         """Decide format and rank of each matching layer.
 
         Raises:
-            PlanError: A pattern matches nothing, or the budget is missing or cannot be met.
+            PlanError: A pattern matches nothing, or there is no budget.
+            BudgetError: The budget cannot be met.
         """
         classes = self._classes()
         sites = [site for site in state.sites() if class_for(site, classes) is not None]
@@ -92,9 +93,7 @@ class LowRank(Step):
         assert issubclass(cls, LowRankLayer)
         return cls
 
-    def _share_out(
-        self, state: State, sites: list[Site], classes: tuple[type[LowRankLayer], ...]
-    ) -> list[Decision]:
+    def _share_out(self, state: State, sites: list[Site], classes: tuple[type[LowRankLayer], ...]) -> list[Decision]:
         budget = state.budget
         if budget is None:
             raise PlanError(
@@ -109,7 +108,7 @@ class LowRank(Step):
         open_tables = [table for table in tables if table.candidates]
         picks = allocate([table.choices(target) for table in open_tables], allowed)
         if picks is None:
-            raise PlanError(_cannot_be_met(target, state, fixed, open_tables))
+            raise BudgetError(_cannot_be_met(target, state, fixed, open_tables))
         chosen = {t.path: t.candidates[i] for t, i in zip(open_tables, picks, strict=True)}
         return [_decision(table, chosen.get(table.path)) for table in tables]
 
@@ -141,8 +140,6 @@ def _cannot_be_met(target: Budget, state: State, fixed: Cost, tables: list[SiteC
         least += sum(float(table.choices(target).costs[:, index].min()) for table in tables)
         parts.append(f"{name}={share:.3g} (least possible {least / max(1, getattr(dense, name)):.3g})")
     return (
-        f"LowRank: the budget {', '.join(parts)} cannot be met with the layers it may change. Allow more, let it change "
-        "more layers, or add pruning or quantization steps."
+        f"LowRank: the budget {', '.join(parts)} cannot be met with the layers it may change. Allow more, let it "
+        "change more layers, or add pruning or quantization steps."
     )
-
-

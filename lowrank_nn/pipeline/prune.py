@@ -11,8 +11,8 @@ from lowrank_nn.errors import OptionError, PlanError
 from lowrank_nn.layers import CompressedLayer, PrunedConv2d, PrunedLinear
 from lowrank_nn.pipeline.apply import class_for, decide_layer
 from lowrank_nn.pipeline.select import Patterns, select
-from lowrank_nn.pipeline.state import Decision, State, Step
-from lowrank_nn.planning.fisher import BatchLoss, diagonal_fisher
+from lowrank_nn.pipeline.state import BatchLoss, Decision, State, Step
+from lowrank_nn.planning.fisher import diagonal_fisher
 
 _CLASSES: tuple[type[CompressedLayer], ...] = (PrunedConv2d, PrunedLinear)
 
@@ -72,7 +72,9 @@ class Prune(Step):
         for site in select(sites, self.where, self.but_not, "Prune"):
             cls = fitting[site.path]
             assert cls is not None
-            decisions.append(decide_layer(state, site, cls, options | {"seed": state.seed}, _flat_fisher(self, site.layer)))
+            decisions.append(
+                decide_layer(state, site, cls, options | {"seed": state.seed}, _flat_fisher(self, site.layer))
+            )
         return decisions
 
     def measure(self, state: State, decisions: list[Decision]) -> dict[str, dict[str, Any]]:
@@ -82,7 +84,9 @@ class Prune(Step):
             PlanError: The batches are used up.
         """
         if state.dry or self.criterion != "obd":
-            return {decision.path: _flat_fisher(self, state.model.get_submodule(decision.path)) for decision in decisions}
+            return {
+                decision.path: _flat_fisher(self, state.model.get_submodule(decision.path)) for decision in decisions
+            }
         assert self.batches is not None
         assert self.loss is not None
         paths = [decision.path for decision in decisions]

@@ -59,8 +59,8 @@ class Quantize(Step):
         """
         if self.activation_bits is not None and state.calibration is None:
             raise CalibrationError(
-                "Quantize: activations need calibration batches. Pass compress_model(..., calibration=batches), or leave "
-                "activations=None to quantize weights only."
+                "Quantize: activations need calibration batches. Pass compress_model(..., calibration=batches), or "
+                "leave activations=None to quantize weights only."
             )
         options = {"bits": self.bits, "scheme": self.scheme, "activation_bits": self.activation_bits}
         fitting = {site.path: class_for(site, _CLASSES) for site in state.sites()}

@@ -1,0 +1,183 @@
+"""The two calls that a user makes: plan() and compress_model()."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_nn.cost import compare_speed
+from lowrank_nn.errors import LowRankError, PlanError
+from lowrank_nn.graph import Recording, call_model, record
+from lowrank_nn.pipeline.dryrun import DryRun, dry_run
+from lowrank_nn.pipeline.random_state import preserved_random_state
+from lowrank_nn.pipeline.recipes import Recipe, read_recipe
+from lowrank_nn.pipeline.state import State
+from lowrank_nn.planning import Budget
+from lowrank_nn.report import Latency, Report, make_report
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A compressed model and the account of it.
+
+    Attributes:
+        model: The compressed model: an ordinary module with the same forward, in the mode of the given one.
+        report: What became of each layer, computed from ``model``.
+        plan: What was planned, as :func:`plan` returns it.
+    """
+
+    model: nn.Module
+    report: Report
+    plan: Report
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    recipe: Recipe | None = None,
+    *,
+    budget: Budget | None = None,
+    calibration: Iterable[Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Return the table that :func:`compress_model` would end with, without compressing.
+
+    The recipe runs on the meta device. What depends on the weights alone is computed from them (ranks of rules, errors
+    of candidates); nothing is decomposed, trained or calibrated.
+
+    Args:
+        model: The trained model; not changed.
+        example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keywords.
+        recipe: Steps in order, or the name of a published recipe; ``[LowRank()]`` if left out.
+        budget: What may remain at the end of the recipe.
+        calibration: As for :func:`compress_model`; only its presence counts here.
+        seed: Seed of everything random.
+        progress: Whether to show progress bars, on a terminal.
+
+    Raises:
+        PlanError: The recipe or the budget cannot be carried out on this model.
+        CalibrationError: A step needs calibration data and there are none.
+    """
+    steps = read_recipe(recipe)
+    with preserved_random_state(seed):
+        dense = record(model, example_inputs)
+        start = State(model, model, dense, example_inputs, calibration, budget, seed=seed, progress=progress)
+        return _plan_report(start, dry_run(start, steps))
+
+
+def compress_model(
+    model: nn.Module,
+    example_inputs: Any,
+    recipe: Recipe | None = None,
+    *,
+    budget: Budget | None = None,
+    calibration: Iterable[Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    measure_speed: bool = False,
+) -> Result:
+    """Compress a trained network: plan the recipe, carry it out on a copy, and account for the result.
+
+    The given model is never changed, also not by an error or an interrupt half-way; nor are the global random state
+    and the warnings filters.
+
+    Args:
+        model: The trained model: any ``nn.Module`` that runs.
+        example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keywords.
+        recipe: Steps in order (``LowRank``, ``Apply``, ``Prune``, ``Quantize``, ``FineTune``), or the name of a published
+            recipe (``"one-shot"``); ``[LowRank()]`` if left out.
+        budget: What may remain at the end of the recipe, as shares of the dense model.
+        calibration: Batches of inputs for steps that measure activations; labels in them are ignored.
+        seed: Seed of everything random. The same inputs and seed give the same bits on the same machine.
+        progress: Whether to show progress bars, on a terminal.
+        measure_speed: Whether to time both models on ``example_inputs`` for the report.
+
+    Returns:
+        The compressed model, the report and the plan.
+
+    Raises:
+        PlanError: The recipe or the budget cannot be carried out on this model.
+        CalibrationError: A step needs calibration data and there are none, or they are not usable.
+        TrainingError: Fine-tuning met a loss that is not finite.
+        LowRankError: The compressed model returns values that are not finite where the dense one's are.
+    """
+    steps = read_recipe(recipe)
+    if isinstance(calibration, Iterator):
+        calibration = list(calibration)  # several steps may go through it
+    with preserved_random_state(seed):
+        dense = record(model, example_inputs)
+        start = State(model, model, dense, example_inputs, calibration, budget, seed=seed, progress=progress)
+        planned = dry_run(start, steps)
+        state = dataclasses.replace(start, model=_working_copy(model))
+        for index, (step, decisions) in enumerate(zip(steps, planned.decisions, strict=True), 1):
+            logger.info("step %d of %d: %r", index, len(steps), step)
+            step.execute(state, decisions)
+        small = record(state.model, example_inputs)
+        _refuse_broken(dense, small)
+        report = make_report("result", (model, dense), (state.model, small), left=planned.left(dense))
+        if measure_speed:
+            report = dataclasses.replace(report, latency=_latency(model, state.model, example_inputs))
+    return Result(state.model, report, _plan_report(start, planned))
+
+
+def _plan_report(start: State, planned: DryRun) -> Report:
+    after = planned.state
+    return make_report(
+        "plan",
+        (start.model, start.original),
+        (after.model, after.recording()),
+        left=planned.left(start.original),
+        errors=planned.errors(),
+    )
+
+
+def _working_copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise PlanError(
+            f"compress_model works on a copy, and copy.deepcopy({type(model).__name__}) fails: {error}. Make the model "
+            "copyable (no tensors with a graph, open files or locks among its attributes)."
+        ) from error
+
+
+def _refuse_broken(dense: Recording, small: Recording) -> None:
+    if _finite(dense.output) and not _finite(small.output):
+        raise LowRankError(
+            "compress_model: the compressed model returns NaN or infinite values where the dense one does not. "
+            "Allow a larger budget, leave the most sensitive layers dense (but_not=...), or report this with the model."
+        )
+
+
+def _finite(output: Any) -> bool:
+    """Whether all floating tensors in a nest of containers are finite."""
+    if isinstance(output, Tensor):
+        return bool(torch.isfinite(output).all()) if output.is_floating_point() else True
+    if isinstance(output, dict):
+        return all(_finite(value) for value in output.values())
+    if isinstance(output, (list, tuple)):
+        return all(_finite(value) for value in output)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return all(_finite(getattr(output, field.name)) for field in dataclasses.fields(output))
+    return True
+
+
+def _latency(dense: nn.Module, small: nn.Module, example_inputs: Any) -> Latency:
+    copies = [copy.deepcopy(model).eval() for model in (dense, small)]  # a forward may change buffers
+    with torch.no_grad():
+        timing = compare_speed(*(_caller(model, example_inputs) for model in copies))
+    device = next((str(p.device) for p in small.parameters()), "cpu")
+    return Latency(timing.first, timing.second, timing.ratio, torch.get_num_threads(), device)
+
+
+def _caller(model: nn.Module, example_inputs: Any) -> Any:
+    return lambda: call_model(model, example_inputs)

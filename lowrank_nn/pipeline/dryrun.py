@@ -1,0 +1,135 @@
+"""Running a recipe on the meta device: every decision made, no number computed, the budget checked at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from lowrank_nn.errors import BudgetError
+from lowrank_nn.graph import Recording
+from lowrank_nn.graph.derive import meta_copy
+from lowrank_nn.layers import LAYERS
+from lowrank_nn.pipeline.state import Decision, State, Step
+
+_SEARCHES = 10
+_SPENT = 0.97  # share of the budget that counts as all of it: ranks are whole numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRun:
+    """What a recipe decides, and the structure it ends with.
+
+    Attributes:
+        decisions: The decisions of each step.
+        steps: The steps.
+        state: The model on the meta device after the last step.
+    """
+
+    decisions: list[list[Decision]]
+    steps: list[Step]
+    state: State
+
+    def overspent(self) -> float:
+        """Return the largest ratio of what remains to what the budget allows; 0 without a budget."""
+        budget = self.state.budget
+        if budget is None:
+            return 0.0
+        return float((budget.spent(self.state.cost()) / budget.allowed(self.state.dense_cost())).max())
+
+    def errors(self) -> dict[str, float]:
+        """Return the predicted relative weight errors by path."""
+        return {d.path: d.error for decisions in self.decisions for d in decisions if d.error is not None}
+
+    def left(self, dense: Recording) -> dict[str, tuple[str, ...]]:
+        """Return reason to paths of all layers that a step, or all of them, left as they were."""
+        reasons: dict[str, list[str]] = {}
+        touched = set()
+        for step, decisions in zip(self.steps, self.decisions, strict=True):
+            for decision in decisions:
+                touched.add(decision.path)
+                if decision.note:
+                    reasons.setdefault(f"{type(step).__name__}: {decision.note}", []).append(decision.path)
+        kinds = tuple(cls.replaces for cls in LAYERS.values())
+        for site in dense.sites:
+            weights = [p for p in site.layer.parameters(recurse=False) if p.dim() >= 2]
+            if site.inside is None and site.path not in touched and weights:
+                known = isinstance(site.layer, kinds)
+                name = type(site.layer).__name__
+                reason = "no step of the recipe asked for them" if known else f"{name} has no compressed form"
+                reasons.setdefault(reason, []).append(site.path)
+        return {reason: tuple(paths) for reason, paths in reasons.items()}
+
+
+def dry_run(start: State, steps: Sequence[Step]) -> DryRun:
+    """Decide a whole recipe under its budget.
+
+    The budget holds at the end of the recipe. A step that allocates is first given the budget itself; where later steps
+    save more (int8 after low rank), its share is widened by bisection over complete dry runs until the end just fits.
+
+    Args:
+        start: The model as it was given.
+        steps: The recipe.
+
+    Raises:
+        PlanError: A step cannot be carried out.
+        BudgetError: The recipe ends above the budget.
+    """
+    best, failure = _try_once(start, steps)
+    if best is not None and best.overspent() > 1:
+        raise BudgetError(_above_budget(best))
+    if start.budget is not None and any(step.allocates() for step in steps):
+        best = _widen(start, steps, best)
+    if best is None:
+        assert failure is not None
+        raise failure
+    return best
+
+
+def _widen(start: State, steps: Sequence[Step], best: DryRun | None) -> DryRun | None:
+    """Bisect the largest slack with which the whole recipe still ends within the budget."""
+    assert start.budget is not None
+    low, high = 1.0, 1 / min(start.budget.shares().values())
+    for _ in range(_SEARCHES):
+        if best is not None and best.overspent() > _SPENT:
+            break
+        middle = math.sqrt(low * high)
+        tried, _failure = _try_once(dataclasses.replace(start, slack=middle), steps)
+        if tried is not None and tried.overspent() > 1:
+            high = middle
+            continue
+        low = middle  # it fits, or low rank alone could not go that far down
+        if tried is not None and (best is None or tried.overspent() > best.overspent()):
+            best = tried
+    return best
+
+
+def _try_once(start: State, steps: Sequence[Step]) -> tuple[DryRun | None, BudgetError | None]:
+    try:
+        return _run_once(start, steps), None
+    except BudgetError as error:
+        return None, error
+
+
+def _run_once(start: State, steps: Sequence[Step]) -> DryRun:
+    state = dataclasses.replace(start, model=meta_copy(start.dense), dry=True)
+    decisions = []
+    for step in steps:
+        decided = step.decide(state)
+        step.execute(state, decided)
+        decisions.append(decided)
+    return DryRun(decisions, list(steps), state)
+
+
+def _above_budget(end: DryRun) -> str:
+    budget, state = end.state.budget, end.state
+    assert budget is not None
+    spent, dense = state.cost(), state.dense_cost()
+    parts = [
+        f"{name}: {getattr(spent, name) / max(1, getattr(dense, name)):.3g} of the dense model, allowed {share:.3g}"
+        for name, share in budget.shares().items()
+    ]
+    hint = (
+        "Add LowRank(), which works towards the budget" if not any(s.allocates() for s in end.steps) else "Prune more"
+    )
+    return f"the recipe ends above its budget ({'; '.join(parts)}). {hint}, or allow more."

@@ -1,0 +1,191 @@
+"""What compression did to each layer and to the whole, and what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank_nn.cost import Cost
+from lowrank_nn.graph import Recording, Site, model_cost, site_cost
+from lowrank_nn.layers import CompressedLayer
+from lowrank_nn.report import render
+from lowrank_nn.report.describe import describe
+from lowrank_nn.storage import packed_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layer, before and after.
+
+    Attributes:
+        path: The layer's dotted path.
+        was: Its class before.
+        became: Its class now, with the classes of its factors.
+        options: Ranks, bits and so on.
+        error: Relative change of the weight, ||W - W'|| / ||W||; None where the layer was not replaced or, in a plan,
+            where it is not known yet.
+        before: Cost before.
+        after: Cost now.
+    """
+
+    path: str
+    was: str
+    became: str
+    options: str
+    error: float | None
+    before: Cost
+    after: Cost
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the layer is another one now."""
+        return self.was != self.became
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """Measured time of one forward.
+
+    Attributes:
+        before: Median milliseconds of the dense model.
+        after: Median milliseconds of the compressed model.
+        speedup: Median over rounds of before / after.
+        threads: Number of threads torch used.
+        device: Where the models ran.
+    """
+
+    before: float
+    after: float
+    speedup: float
+    threads: int
+    device: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A row per layer, totals, ratios, and what was left as it was and why.
+
+    Printing it gives a table of at most 120 columns; notebooks show it as HTML.
+
+    Attributes:
+        title: ``"plan"`` or ``"result"``.
+        rows: One per layer with a weight matrix or kernel, in order of first call.
+        rest: Cost of everything else (normalisations, embeddings, products of activations).
+        before: Cost of the dense model.
+        after: Cost of the compressed model.
+        file_bytes: Size of the file that ``save`` writes, for the dense and the compressed model; None in a plan.
+        left: Reason to paths of the layers that a step left as they were.
+        latency: Measured times, if asked for.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    rest: Cost
+    before: Cost
+    after: Cost
+    file_bytes: tuple[int, int] | None
+    left: dict[str, tuple[str, ...]]
+    latency: Latency | None = None
+
+    @property
+    def compression_rate(self) -> dict[str, float]:
+        """Compression rate alpha = a / a*, of params, MACs, bytes and, where known, the file."""
+        ratios = {
+            name: _ratio(getattr(self.before, name), getattr(self.after, name)) for name in ("params", "macs", "bytes")
+        }
+        if self.file_bytes is not None:
+            ratios["file"] = _ratio(*self.file_bytes)
+        return ratios
+
+    @property
+    def index_space_saving(self) -> dict[str, float]:
+        """Index space saving beta = (a - a*) / a*, of the same quantities."""
+        return {name: ratio - 1 for name, ratio in self.compression_rate.items()}
+
+    @property
+    def speedup(self) -> float | None:
+        """Measured speed-up delta = s / s*, the time before over the time after; None if not measured."""
+        return None if self.latency is None else self.latency.speedup
+
+    def __str__(self) -> str:
+        return render.to_text(self)
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown tables."""
+        return render.to_markdown(self)
+
+    def _repr_html_(self) -> str:
+        return render.to_html(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-able values."""
+        return {
+            "title": self.title,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "rest": dataclasses.asdict(self.rest),
+            "before": dataclasses.asdict(self.before),
+            "after": dataclasses.asdict(self.after),
+            "file_bytes": None if self.file_bytes is None else list(self.file_bytes),
+            "left": {reason: list(paths) for reason, paths in self.left.items()},
+            "latency": None if self.latency is None else dataclasses.asdict(self.latency),
+            "compression_rate": self.compression_rate,
+            "index_space_saving": self.index_space_saving,
+            "speedup": self.speedup,
+        }
+
+
+def make_report(
+    title: str,
+    dense: tuple[nn.Module, Recording],
+    small: tuple[nn.Module, Recording],
+    *,
+    left: dict[str, tuple[str, ...]],
+    errors: dict[str, float] | None = None,
+) -> Report:
+    """Compare a model before and after compression.
+
+    Args:
+        title: ``"plan"`` or ``"result"``.
+        dense: The model as given, and what it was recorded to do.
+        small: The compressed model (on the meta device for a plan), and what it was recorded to do.
+        left: Reason to paths of the layers that were left as they were.
+        errors: Predicted relative weight errors, for a plan; without them the errors are measured and the files sized.
+    """
+    now = {site.path: site for site in small[1].sites}
+    rows = []
+    for site in dense[1].sites:
+        if site.inside is None and _has_matrix(site.layer):
+            after = now[site.path]
+            became, options = describe(after.layer)
+            error = _weight_error(site, after) if errors is None else errors.get(site.path)
+            rows.append(
+                Row(site.path, describe(site.layer)[0], became, options, error, site_cost(site), site_cost(after))
+            )
+    before, after_all = model_cost(*dense), model_cost(*small)
+    rest = after_all - sum((row.after for row in rows), Cost())
+    files = (packed_size(dense[0]), packed_size(small[0])) if errors is None else None
+    return Report(title, tuple(rows), rest, before, after_all, files, left)
+
+
+def _has_matrix(layer: nn.Module) -> bool:
+    """Whether a layer multiplies: it holds a weight of two dims or more that is not a lookup table."""
+    if isinstance(layer, CompressedLayer):
+        return True
+    weights = (p for p in layer.parameters(recurse=False) if p.dim() >= 2)
+    return not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and any(True for _ in weights)
+
+
+def _weight_error(before: Site, after: Site) -> float | None:
+    if not isinstance(after.layer, CompressedLayer):
+        return None
+    old, new = before.layer.weight, after.layer.weight
+    assert isinstance(old, Tensor)
+    assert isinstance(new, Tensor)
+    old, new = old.detach().double(), new.detach().double()
+    return float((old - new).norm() / old.norm().clamp_min(1e-300))
+
+
+def _ratio(before: float, after: float) -> float:
+    return before / after if after else float("inf") if before else 1.0
