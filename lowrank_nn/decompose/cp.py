@@ -41,7 +41,7 @@ def cp(tensor: Tensor, rank: int, *, sweeps: int = 50, epc: bool = True, toleran
 
 
 @torch.no_grad()
-def cp_als(tensor: Tensor, rank: int, *, sweeps: int = 50) -> list[Tensor]:
+def cp_als(tensor: Tensor, rank: int, *, sweeps: int = 50, start: Sequence[Tensor] | None = None) -> list[Tensor]:
     r"""Decompose a tensor into rank-one terms by alternating least squares from a deterministic start.
 
     .. math:: X_{i j k} \approx \sum_{r=1}^{R} a_{i r} b_{j r} c_{k r}
@@ -54,6 +54,8 @@ def cp_als(tensor: Tensor, rank: int, *, sweeps: int = 50) -> list[Tensor]:
         tensor: Shape (n_0, ..., n_{N-1}), N >= 2, any floating dtype. The first two modes should be the large ones.
         rank: Number of terms, at least 1.
         sweeps: Largest number of sweeps; they end early once the error stagnates. 0 returns the start.
+        start: Factors of shapes (n_k, rank) to start from instead. The terms of the usual start come in order of
+            size, so that its first r columns are the start at rank r.
 
     Returns:
         N factors of shapes (n_k, rank) in the dtype of ``tensor``, columns of equal norm across modes.
@@ -61,7 +63,10 @@ def cp_als(tensor: Tensor, rank: int, *, sweeps: int = 50) -> list[Tensor]:
     if tensor.is_meta:
         return [tensor.new_empty((size, rank)) for size in tensor.shape]
     X = tensor.to(working_dtype(tensor))
-    factors, missed = slice_terms(X, rank)
+    if start is None:
+        factors, missed = slice_terms(X, rank)
+    else:
+        factors, missed = [factor.to(X.dtype) for factor in start], math.inf
     if missed > _EXACT[X.dtype] and sweeps > 0:
         factors = _alternate(X, factors, sweeps)
     return [factor.to(tensor.dtype) for factor in balance(factors)]

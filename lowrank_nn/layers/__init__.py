@@ -16,5 +16,7 @@ from lowrank_nn.layers._shapes import CompressedConv2d as CompressedConv2d
 from lowrank_nn.layers._shapes import CompressedLinear as CompressedLinear
 from lowrank_nn.layers._source import Source as Source
 from lowrank_nn.layers._source import read_layer as read_layer
+from lowrank_nn.layers.cp import CPConv2d as CPConv2d
 from lowrank_nn.layers.svd import SVDConv2d as SVDConv2d
 from lowrank_nn.layers.svd import SVDLinear as SVDLinear
+from lowrank_nn.layers.tucker import TuckerConv2d as TuckerConv2d

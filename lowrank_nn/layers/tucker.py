@@ -1,0 +1,324 @@
+"""Convolutions from the Tucker decomposition of their kernel along the two channel modes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lowrank_nn.decompose import tucker2, tucker2_errors
+from lowrank_nn.errors import RankError
+from lowrank_nn.layers._base import register_layer
+from lowrank_nn.layers._lowrank import LowRankLayer, Rank
+from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
+from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_bias_, factor_std
+from lowrank_nn.layers._source import Source, read_layer
+
+TuckerRank = tuple[int | None, int | None]
+
+_FRONT_SIZE = 200
+
+
+class _TuckerProblem(RankProblem):
+    """Ranks (out, in) per group; a rank at its limit means that the mode is left whole."""
+
+    def __init__(self, source: Source) -> None:
+        self.name = "TuckerConv2d"
+        self.groups: int = source.arguments["groups"]
+        self.stride: tuple[int, int] = source.arguments["stride"]
+        self.kernels = _blocks(source.weight, self.groups)  # (g, o, i, kh, kw)
+        self.out, self.inn, height, width = self.kernels.shape[1:]
+        self.taps = height * width
+        self.limits = _limits(self.out, self.inn, self.taps)
+
+    def unfoldings(self) -> tuple[Tensor, ...]:
+        return self.kernels.flatten(2), self.kernels.transpose(1, 2).flatten(2)
+
+    def params(self, *ranks: IntArray | int) -> IntArray:
+        reduce, core, expand = self._sizes(*ranks)
+        return reduce + core + expand
+
+    def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
+        reduce, core, expand = self._sizes(*ranks)
+        return reduce * positions.inputs + (core + expand) * positions.outputs
+
+    def _sizes(self, *ranks: IntArray | int) -> tuple[IntArray, IntArray, IntArray]:
+        """Weights in reduce, core and expand of the layer that ``TuckerConv2d.rank_argument`` asks for."""
+        out, inn = np.broadcast_arrays(*ranks)
+        whole_out, whole_in = out == self.limits[0], inn == self.limits[1]
+        lossless = whole_out & whole_in
+        has_expand = np.where(lossless, out <= inn, ~whole_out)
+        has_reduce = np.where(lossless, out > inn, ~whole_in)
+        core_out, core_in = np.where(has_expand, out, self.out), np.where(has_reduce, inn, self.inn)
+        core = self.groups * core_out * core_in * self.taps
+        return self.groups * has_reduce * core_in * self.inn, core, self.groups * has_expand * core_out * self.out
+
+    def dense(self, positions: Positions) -> tuple[int, int]:
+        params = self.kernels.numel()
+        return params, params * positions.outputs
+
+    def typical_positions(self) -> Positions:
+        return Positions(1, *self.stride, 1, 1)
+
+    def table(self) -> RankTable:
+        """Return the pairs that no other pair of the grid beats in both error and size, or error and MACs.
+
+        Pairs that save nothing are left out, but for the lossless one at the limits.
+        """
+        pairs = np.stack(np.meshgrid(*map(_grid, self.limits), indexing="ij"), axis=-1).reshape(-1, 2)
+        # Where one rank reaches the other times the taps, the core is square: better leave that mode whole.
+        out, inn = pairs.T
+        whole_out, whole_in = out == self.limits[0], inn == self.limits[1]
+        useful = (whole_out | (out < inn * self.taps)) & (whole_in | (inn < out * self.taps))
+        positions = self.typical_positions()
+        params, macs = self.params(out, inn), self.macs(positions, out, inn)
+        dense_params, dense_macs = self.dense(positions)
+        small = useful & ((params < dense_params) | (macs < dense_macs))
+        errors = np.zeros(len(pairs))
+        if small.any():
+            every = torch.stack([tucker2_errors(kernel) for kernel in self.kernels]).sum(0).cpu().numpy()
+            errors = every[out - 1, inn - 1]
+        fronts = [_front(costs, errors, small) for costs in (params, macs)]
+        kept = np.unique(np.concatenate([*fronts, np.flatnonzero(whole_out & whole_in)]))
+        return RankTable(pairs[kept], errors[kept])
+
+
+def _blocks(weight: Tensor, groups: int) -> Tensor:
+    return weight.reshape(groups, -1, *weight.shape[1:])
+
+
+def _limits(out: int, inn: int, taps: int) -> tuple[int, int]:
+    return min(out, inn * taps), min(inn, out * taps)
+
+
+def _grid(limit: int) -> IntArray:
+    """Ranks up to ``limit``: all to 16, then in steps of 2, 4, 8 ... that grow with the rank; and the limit itself."""
+    ranks = list(range(1, min(limit, 16) + 1))
+    step = 2
+    while ranks[-1] + step <= limit:
+        ranks.append(ranks[-1] + step)
+        step = min(16, max(2, 2 ** (ranks[-1].bit_length() - 4)))
+    return np.unique([*ranks, limit])
+
+
+def _front(costs: IntArray, errors: NDArray[np.float64], among: NDArray[np.bool_]) -> IntArray:
+    """Return the indices of at most 200 pairs, each with less error than all that cost no more."""
+    order = np.lexsort((errors, costs))
+    order = order[among[order]]
+    lowest = np.minimum.accumulate(errors[order])
+    front = order[np.diff(lowest, prepend=np.inf) < 0]
+    return front[np.unique(np.linspace(0, front.size - 1, min(front.size, _FRONT_SIZE)).astype(np.int64))]
+
+
+@register_layer
+class TuckerConv2d(LowRankLayer, CompressedConv2d):
+    r"""``nn.Conv2d`` as 1 x 1, k x k and 1 x 1 convolutions, from the Tucker-2 decomposition of the kernel.
+
+    W[o, i, h, w] = sum_{a, b} E[o, a] G[a, b, h, w] R[b, i], with rank_in C_in + rank_out rank_in kh kw +
+    rank_out C_out parameters. Where a rank is None that mode is left whole and its 1 x 1 convolution does not exist
+    (Tucker-1). Grouped convolutions are decomposed group by group, with the same ranks in each.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Height and width of the kernel.
+        stride: Stride, on the core.
+        padding: Padding (int, pair, ``"same"`` or ``"valid"``), on the core.
+        dilation: Spacing of the kernel's taps, on the core.
+        groups: Number of blocked connections, of all three convolutions.
+        bias: Whether to add a learnable bias.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        rank: (rank_out, rank_in), channels per group after and before the core. rank_out is at most C_out / groups
+            and rank_in kh kw, rank_in at most C_in / groups and rank_out kh kw. Either may be None, not both.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Shape:
+        - Input: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``
+        - Output: ``(N, out_channels, H', W')`` or ``(out_channels, H', W')``
+
+    Attributes:
+        reduce: 1 x 1 convolution to ``groups * rank_in`` channels, without bias: R; None where rank_in is None.
+        core: k x k convolution: G; holds the bias where ``expand`` is None.
+        expand: 1 x 1 convolution to the output channels: E and the bias; None where rank_out is None.
+
+    Raises:
+        RankError: ``rank`` is no such pair, or out of range.
+        OptionError: ``groups`` does not divide the channels.
+
+    References:
+        Kim et al. 2016, "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile Applications".
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        *,
+        rank: TuckerRank,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        self.rank: TuckerRank = _check_ranks(rank, self.weight_shape, groups)
+        rank_out, rank_in = self.rank
+        core_in = in_channels if rank_in is None else groups * rank_in
+        core_out = out_channels if rank_out is None else groups * rank_out
+        self.reduce: nn.Conv2d | None = None
+        self.expand: nn.Conv2d | None = None
+        if rank_in is not None:
+            self.reduce = nn.Conv2d(in_channels, core_in, 1, groups=groups, bias=False, device=device, dtype=dtype)
+        self.core = nn.Conv2d(
+            core_in,
+            core_out,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=groups,
+            bias=bias and rank_out is None,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        if rank_out is not None:
+            self.expand = nn.Conv2d(core_out, out_channels, 1, groups=groups, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    @classmethod
+    def from_pretrained_layer(cls, layer: nn.Module, *, rank: TuckerRank | RankRule) -> Self:
+        """Build the layer whose weight is near that of ``layer`` in Frobenius norm (HOSVD and three HOOI sweeps).
+
+        Args:
+            layer: A trained ``nn.Conv2d``; not changed.
+            rank: (rank_out, rank_in) per group, or a rule that chooses them.
+
+        Raises:
+            UnsupportedLayerError: The layer cannot be carried over whole.
+            RankError: ``rank`` is out of range, or the rule finds none.
+        """
+        source = read_layer(layer, cls)
+        new = source.empty(cls, rank=cls.resolve_rank(rank, source))
+        new.approximate_(source.weight)
+        return source.finish(new)
+
+    @classmethod
+    def rank_problem(cls, source: Source, **options: Any) -> RankProblem:
+        """Return what rank rules and the planner ask about ``source`` in this format."""
+        return _TuckerProblem(source)
+
+    @classmethod
+    def rank_argument(cls, ranks: tuple[int, ...], limits: tuple[int, ...]) -> Rank:
+        """Return (rank_out, rank_in), None for a rank at its limit, whose factor would be square.
+
+        At both limits the smaller one is kept, since a layer needs at least one factor.
+        """
+        out, inn = ranks
+        whole_out, whole_in = out == limits[0], inn == limits[1]
+        if whole_out and whole_in:
+            return (out, None) if out <= inn else (None, inn)
+        return (None if whole_out else out, None if whole_in else inn)
+
+    @classmethod
+    def resolve_rank(cls, rank: Any, source: Source, **options: Any) -> Any:
+        """Return ``rank`` itself, or what it chooses where it is a rule.
+
+        A rule that chooses mode by mode may ask for more than the other mode leaves; that mode is left whole.
+
+        Raises:
+            RankError: The rule finds no rank for this weight.
+        """
+        if not isinstance(rank, RankRule):
+            return rank
+        problem = _TuckerProblem(source)
+        out, inn = rank.choose(problem)
+        if out >= inn * problem.taps:
+            out = problem.limits[0]
+        elif inn >= out * problem.taps:
+            inn = problem.limits[1]
+        return cls.rank_argument((out, inn), problem.limits)
+
+    @torch.no_grad()
+    def approximate_(self, weight: Tensor) -> None:
+        """Set the factors to the Tucker-2 decomposition, group by group, of ``weight``, shape ``weight_shape``.
+
+        The 1 x 1 convolutions have orthonormal factors and the core carries the norm.
+        """
+        # Orthonormal factors keep noise at its size: rounding inside the chain is not amplified by the outer stages.
+        parts = [tucker2(kernel, self.rank) for kernel in _blocks(weight, self.groups)]
+        self.core.weight.copy_(torch.cat([part.core for part in parts]))
+        if self.reduce is not None:
+            factors = [part.in_factor.T for part in parts if part.in_factor is not None]
+            self.reduce.weight.copy_(torch.cat(factors)[:, :, None, None])
+        if self.expand is not None:
+            factors = [part.out_factor for part in parts if part.out_factor is not None]
+            self.expand.weight.copy_(torch.cat(factors)[:, :, None, None])
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw factors whose product has the variance of ``nn.Conv2d``'s default weight."""
+        stages = self._stages()
+        terms = (self.rank[0] or 1) * (self.rank[1] or 1)
+        std = factor_std(len(stages), terms, self.fan_in)
+        for stage in stages:
+            stage.weight.normal_(0, std)
+        draw_bias_(self.bias, self.fan_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the convolutions: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
+        y = x
+        for stage in self._stages():
+            y = stage(y)
+        return y
+
+    def dense_weight(self) -> Tensor:
+        """Return the product of the factors, shape ``(out_channels, in_channels / groups, kh, kw)``."""
+        weight = _blocks(self.core.weight, self.groups)  # (g, a, b, h, w)
+        if self.reduce is not None:
+            reduce = _blocks(self.reduce.weight.flatten(1), self.groups)  # (g, b, i)
+            weight = torch.einsum("gabhw,gbi->gaihw", weight, reduce)
+        if self.expand is not None:
+            expand = _blocks(self.expand.weight.flatten(1), self.groups)  # (g, o, a)
+            weight = torch.einsum("goa,gaihw->goihw", expand, weight)
+        return weight.flatten(0, 1)
+
+    def stages(self) -> Iterator[nn.Module]:
+        """Yield ``reduce``, ``core`` and ``expand``, as far as they exist."""
+        yield from self._stages()
+
+    def _stages(self) -> list[nn.Conv2d]:
+        return [stage for stage in (self.reduce, self.core, self.expand) if stage is not None]
+
+
+def _check_ranks(rank: object, weight_shape: tuple[int, int, int, int], groups: int) -> TuckerRank:
+    name = "TuckerConv2d"
+    if isinstance(rank, str) or not isinstance(rank, Sequence) or len(rank) != 2 or list(rank) == [None, None]:
+        raise RankError(
+            f"{name}: rank must be a pair (rank_out, rank_in) of integers, at most one of them None, got {rank!r}. "
+            "Pass one rank for each channel mode; rank rules work in from_pretrained_layer."
+        )
+    out, inn, height, width = weight_shape
+    out, taps = out // groups, height * width
+    limits = _limits(out, inn, taps)
+    rank_out = None if rank[0] is None else check_rank(name, rank[0], limits[0], "rank_out (rank[0])")
+    rank_in = None if rank[1] is None else check_rank(name, rank[1], limits[1], "rank_in (rank[1])")
+    if rank_out is not None and rank_in is not None:
+        for what, value, other in (("rank_out", rank_out, rank_in), ("rank_in", rank_in, rank_out)):
+            if value > other * taps:
+                raise RankError(
+                    f"{name}: {what} must be at most {other} * {height} * {width} = {other * taps} where the other "
+                    f"rank is {other}, got {value}. Pass a smaller rank, or None to leave that mode whole."
+                )
+    return rank_out, rank_in
