@@ -82,12 +82,12 @@ def tucker2_errors(kernel: Tensor) -> Tensor:
     out_channels, in_channels = kernel.shape[:2]
     if kernel.is_meta:
         return kernel.new_empty((out_channels, in_channels), dtype=torch.float64)
-    X = kernel.reshape(out_channels, in_channels, -1).to(working_dtype(kernel))
-    X_out, X_in = X.flatten(1), X.transpose(0, 1).flatten(1)
-    out_basis = leading_eigenvectors(gram(X_out, torch.float64), out_channels).to(X.dtype)
-    in_basis = leading_eigenvectors(gram(X_in, torch.float64), in_channels).to(X.dtype)
-    rotated = in_basis.T @ (out_basis.T @ X_out).view_as(X)
-    energy = rotated.double().square().sum(dim=2)
+    X_out = kernel.flatten(1).to(working_dtype(kernel))
+    X_in = _exchange(X_out, in_channels)
+    out_basis = leading_eigenvectors(gram(X_out, torch.float64), out_channels).to(X_out.dtype)
+    in_basis = leading_eigenvectors(gram(X_in, torch.float64), in_channels).to(X_out.dtype)
+    rotated = in_basis.T @ _exchange(out_basis.T @ X_out, in_channels)
+    energy = rotated.view(in_channels, out_channels, -1).double().square().sum(dim=2).T
     # Sums of what is left out, not the total less what is kept: no cancellation at high ranks.
     right = energy.flip(1).cumsum(1).flip(1)
     below = right[:, 0].flip(0).cumsum(0).flip(0)
