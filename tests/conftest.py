@@ -1,0 +1,49 @@
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# The suite must give the same verdict on every run; `--hypothesis-profile=nightly` looks further, at random.
+hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=25, database=None)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=500)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def data_dir():
+    """The folder with the unpacked real data."""
+    folder = os.environ.get("LOWRANK_NN_DATA")
+    if not folder:
+        pytest.skip("real data: set LOWRANK_NN_DATA to the folder they are unpacked in")
+    return Path(folder)
+
+
+def _settings():
+    return {
+        "thread count": torch.get_num_threads(),
+        "grad mode": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "deterministic mode": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _torch_settings_stay():
+    """No test, and nothing it calls, leaves a setting of torch changed."""
+    before = _settings()
+    yield
+    after = _settings()
+    torch.set_grad_enabled(before["grad mode"])
+    torch.set_default_dtype(before["default dtype"])
+    assert after == before

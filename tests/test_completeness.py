@@ -1,0 +1,99 @@
+"""Nothing public without a docstring, nothing registered without an export and a row in the docs."""
+
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import lowrank_nn
+from lowrank_nn.errors import LowRankError
+from lowrank_nn.layers import LAYERS
+from lowrank_nn.testing import layer_checks
+
+DOCS = Path(__file__).parent.parent / "docs"
+MODULES = [
+    importlib.import_module(info.name) for info in pkgutil.walk_packages(lowrank_nn.__path__, f"{lowrank_nn.__name__}.")
+]
+
+
+def own_definitions(module):
+    """Public classes and functions that the module defines itself."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(value) or inspect.isfunction(value):
+            yield name, value
+
+
+def public_names():
+    """Names that `lowrank_nn/__init__.py` exports."""
+    return {
+        name: value
+        for name, value in vars(lowrank_nn).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_everything_public_has_a_docstring(module):
+    assert module.__doc__
+    missing = []
+    for name, value in own_definitions(module):
+        if not value.__doc__:
+            missing.append(name)
+        if inspect.isclass(value):
+            missing += [
+                f"{name}.{member}"
+                for member, method in vars(value).items()
+                if not member.startswith("_")
+                and inspect.isfunction(method)
+                and not inspect.getdoc(getattr(value, member))
+            ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_every_layer_is_exported_and_documented(name):
+    cls = LAYERS[name]
+    assert cls.__name__ == name
+    assert getattr(lowrank_nn, name, None) is cls, "lowrank_nn/__init__.py does not export it"
+    rows = [line for page in DOCS.rglob("*.md") for line in page.read_text().splitlines() if line.startswith("|")]
+    assert any(f"`{name}`" in row for row in rows), "no table in docs/ has a row for it"
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_every_layer_docstring_has_its_sections(name):
+    doc = inspect.getdoc(LAYERS[name])
+    parameters = inspect.signature(LAYERS[name]).parameters
+    for section in ("Args:", "Shape:", "Raises:", "References:"):
+        assert section in doc, f"no {section} section"
+    assert [p for p in parameters if f"    {p}:" not in doc] == []
+
+
+def test_every_layer_has_contract_checks():
+    assert {cls.__name__ for cls, _, _ in layer_checks()} == set(LAYERS)
+
+
+def test_every_error_is_one_of_ours_and_exported():
+    errors = dict(own_definitions(importlib.import_module("lowrank_nn.errors")))
+    assert all(issubclass(error, LowRankError) for error in errors.values())
+    assert {name for name in errors if getattr(lowrank_nn, name, None) is not errors[name]} == set()
+
+
+def test_public_names_have_one_home_and_a_docstring():
+    for name, value in public_names().items():
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__module__.startswith("lowrank_nn."), name
+            assert inspect.getdoc(value), name
+
+
+def test_names_exported_by_packages_exist_and_are_public():
+    for module in MODULES:
+        if hasattr(module, "__path__"):
+            assert not [
+                name
+                for name in vars(module)
+                if name.startswith("_") and not name.startswith("__") and inspect.isclass(vars(module)[name])
+            ]
