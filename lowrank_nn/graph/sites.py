@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -294,7 +295,7 @@ def _refuse_opaque(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise PlanError(f"expected an nn.Module, got {type(model).__name__}.")
     for path, module in model.named_modules():
-        if isinstance(module, (torch._dynamo.OptimizedModule, torch.jit.ScriptModule)):
+        if isinstance(module, torch.jit.ScriptModule) or _is_compiled(module):
             raise UnsupportedLayerError(
                 f"{type(module).__name__}: calls inside a compiled or scripted module cannot be watched. "
                 "Pass the original module, and compile the result.",
@@ -304,3 +305,8 @@ def _refuse_opaque(model: nn.Module) -> None:
             raise UnsupportedLayerError(
                 f"{type(module).__name__} has no weight yet. Run the model once before.", path=path
             )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # Importing dynamo takes a second and adds a warnings filter; where nobody has, nothing is compiled.
+    return "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule)
