@@ -1,0 +1,116 @@
+"""Reading a file back into a fresh model, after everything in it has been checked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_nn.errors import FileFormatError
+from lowrank_nn.graph import release_fast_path
+from lowrank_nn.storage._container import Contents, digest, read_file
+from lowrank_nn.storage._encoding import decode
+from lowrank_nn.storage._fit import find_misfits
+from lowrank_nn.storage._rebuild import CPU, rebuild_layers
+from lowrank_nn.storage._structure import Structure, read_structure
+
+
+def load(
+    path: str | os.PathLike[str], fresh_model: nn.Module, *, device: torch.device | str | None = None
+) -> nn.Module:
+    """Rebuild on ``fresh_model`` the compressed model that :func:`save` wrote, and return it.
+
+    ``fresh_model`` is an ordinary instance of the architecture that was compressed, with any weights. It is used and
+    changed: the compressed layers of the file replace its dense ones, then all weights are loaded. The whole file is
+    checked before that (structure, shapes, checksums): a :class:`FileFormatError` leaves ``fresh_model`` as it was.
+    Where the model as a whole is one compressed layer, the returned module is another object.
+
+    What the file does not say stays as it is in ``fresh_model``: train / eval flags, hooks, non-persistent buffers,
+    which tensors are shared, memory formats, and ``requires_grad`` (the tensors of a rebuilt layer take the flags of
+    the weight and bias they replace). A rebuilt layer has the floating-point dtypes that it was saved with; all
+    other tensors must have those of the file already. Nothing in the file is executed or imported: classes are
+    looked up in ``lowrank_nn.layers.LAYERS``. No random number is drawn.
+
+    Args:
+        path: The file.
+        fresh_model: A fresh instance of the architecture; may be on the meta device.
+        device: Where the model goes; by default each layer stays where ``fresh_model`` has it, and what is on the
+            meta device goes to the CPU.
+
+    Returns:
+        The rebuilt model.
+
+    Raises:
+        FileFormatError: The file is damaged or does not fit ``fresh_model``; lists everything that is wrong.
+        OSError: The file cannot be read.
+    """
+    file = str(path)
+    try:
+        contents = read_file(Path(path))
+        structure = read_structure(contents.structure, contents.stored_as)
+    except FileFormatError as error:
+        raise FileFormatError(f"load: {file!r}: {error.message}") from error
+    problems = _find_damage(structure, contents) + find_misfits(structure, fresh_model)
+    tensors: dict[str, Tensor] = {}
+    if not problems:
+        tensors, problems = _decode_all(structure, contents)
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise FileFormatError(
+            f"load: {file!r} is damaged or does not fit {type(fresh_model).__name__}. Pass the architecture that was "
+            f"compressed, and a whole file:\n{listed}"
+        )
+    model, _, _ = rebuild_layers(fresh_model, structure.layers, fill=True)
+    _load_state(model, tensors)
+    release_fast_path(model)
+    return model if device is None else model.to(device)
+
+
+def _find_damage(structure: Structure, contents: Contents) -> list[str]:
+    return [
+        f"{key!r} does not match its checksum: the file is damaged."
+        for key, stored in structure.tensors.items()
+        if digest(contents.payloads[key].numpy()) != stored.checksum
+    ]
+
+
+def _decode_all(structure: Structure, contents: Contents) -> tuple[dict[str, Tensor], list[str]]:
+    decoded: dict[str, Tensor] = {}
+    problems = []
+    masks_first = sorted(structure.tensors, key=lambda key: structure.tensors[key].encoding.mask is not None)
+    for key in masks_first:
+        encoding = structure.tensors[key].encoding
+        if encoding.mask is not None and encoding.mask not in decoded:
+            continue  # the mask is damaged, which is listed
+        mask = None if encoding.mask is None else decoded[encoding.mask]
+        try:
+            decoded[key] = decode(encoding, contents.payloads[key], mask)
+        except FileFormatError as error:
+            problems.append(f"{key!r} {error.message}.")
+    if problems:
+        return {}, problems
+    return {key: decoded[first] for key, first in structure.keys().items()}, []
+
+
+@torch.no_grad()
+def _load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    fresh: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                stored = tensors.get(f"{path}.{name}" if path else name)
+                if tensor is None or stored is None or (tensor.dtype == stored.dtype and not tensor.is_meta):
+                    continue
+                if id(tensor) not in fresh:
+                    fresh[id(tensor)] = _empty_like(tensor, stored.dtype)
+                table[name] = fresh[id(tensor)]
+    state = model.state_dict()  # carries the versions of the modules
+    state.update(tensors)
+    model.load_state_dict(state)
+
+
+def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    empty = torch.empty_like(tensor, dtype=dtype, device=CPU if tensor.is_meta else tensor.device)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -1,0 +1,162 @@
+"""Putting the compressed layers that a file lists in the places of a fresh model's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_nn.graph import replace_module
+from lowrank_nn.layers import LAYERS, CompressedLayer
+from lowrank_nn.storage._structure import LayerEntry
+
+CPU = torch.device("cpu")
+
+
+def rebuild_layers(
+    model: nn.Module, entries: Sequence[LayerEntry], *, fill: bool
+) -> tuple[nn.Module, dict[str, str], frozenset[str]]:
+    """Put the layers of ``entries`` into ``model``, in order, with values not yet loaded.
+
+    Args:
+        model: Changed in place.
+        entries: The layers, parents before the layers inside them.
+        fill: Give the new tensors memory where the layers they replace have it (the CPU for meta tensors), and fill
+            the buffers that no file holds; else they stay on the meta device.
+
+    Returns:
+        The root, which is another object where the model itself was replaced; for every layer that does not fit, by
+        path, why; and the paths where a layer was replaced. The layers inside one that does not fit are skipped.
+    """
+    problems: dict[str, str] = {}
+    replaced: set[str] = set()
+    for entry in entries:
+        if any(is_inside(entry.path, path) for path in problems):
+            continue
+        modules = dict(model.named_modules(remove_duplicate=False))
+        slot = modules.get(entry.path)
+        problem = _slot_problem(entry, slot, modules)
+        if problem is None and slot is not None and not _is_there(entry, slot):
+            layer = _construct(entry, slot)
+            problem = layer if isinstance(layer, str) else _argument_problem(layer, slot)
+            if problem is None and not isinstance(layer, str):
+                model = replace_module(model, entry.path, _prepare(layer, slot, entry, fill))
+                replaced.update((entry.path, *entry.aliases))
+        if problem is not None:
+            problems[entry.path] = problem
+    return model, problems, frozenset(replaced)
+
+
+def is_inside(path: str, parent: str) -> bool:
+    """Whether ``path`` (of a module or tensor) is ``parent`` or lies inside it."""
+    return parent == "" or path == parent or path.startswith(f"{parent}.")
+
+
+def _slot_problem(entry: LayerEntry, slot: nn.Module | None, modules: dict[str, nn.Module]) -> str | None:
+    cls = LAYERS.get(entry.name)
+    if cls is None:
+        return (
+            f"is a {entry.name}, which is not registered. Import the module that registers it, then load again "
+            f"(registered: {', '.join(LAYERS)})."
+        )
+    if slot is None:
+        return f"is a {entry.name} in the file, but the model has no module there."
+    stands_for = slot.replaces if isinstance(slot, CompressedLayer) else type(slot)
+    if not issubclass(stands_for, cls.replaces):
+        return f"is a {entry.name} in the file, which replaces {cls.replaces.__name__}; the model has {_name(slot)}."
+    shared = {path for path, module in modules.items() if module is slot and path != entry.path}
+    if shared != set(entry.aliases):
+        return (
+            f"is shared with {sorted(entry.aliases) or 'no other path'} in the file, with "
+            f"{sorted(shared) or 'no other path'} in the model."
+        )
+    return None
+
+
+def _is_there(entry: LayerEntry, slot: nn.Module) -> bool:
+    if type(slot) is not LAYERS[entry.name]:
+        return False
+    return isinstance(slot, CompressedLayer) and bool(_plain(slot.config()) == _plain(entry.config))
+
+
+def _construct(entry: LayerEntry, slot: nn.Module) -> CompressedLayer | str:
+    """Return the layer on the meta device, or why there is none."""
+    try:
+        return LAYERS[entry.name](**entry.config, device="meta", dtype=_float_dtype(slot))
+    except Exception as error:
+        # A constructor may raise anything on values that it was not written for.
+        return f"({entry.name}) has a config that its class refuses: {error}"
+
+
+def _argument_problem(layer: CompressedLayer, slot: nn.Module) -> str | None:
+    saved = layer.dense_arguments()
+    held = slot.dense_arguments() if isinstance(slot, CompressedLayer) else vars(slot) | _has_bias(slot)
+    differing = [
+        f"{name}={_plain(value)!r} in the file, {_plain(held[name])!r} in the model"
+        for name, value in saved.items()
+        if name in held and _plain(value) != _plain(held[name])
+    ]
+    return f"({type(layer).__name__}) has {'; '.join(differing)}." if differing else None
+
+
+def _has_bias(layer: nn.Module) -> dict[str, Any]:
+    return {"bias": layer._parameters["bias"] is not None} if "bias" in layer._parameters else {}
+
+
+def _prepare(layer: CompressedLayer, slot: nn.Module, entry: LayerEntry, fill: bool) -> CompressedLayer:
+    weight = slot._parameters.get("weight")
+    bias = slot._parameters.get("bias")
+    trains = any(p.requires_grad for p in slot.parameters()) if weight is None else weight.requires_grad
+    for parameter in layer.parameters():
+        keeps = bias.requires_grad if bias is not None and parameter is layer.bias else trains
+        parameter.requires_grad_(parameter.requires_grad and keeps)
+    if not fill:
+        return layer
+    device = next((t.device for t in _tensors(slot) if not t.is_meta), CPU)
+    layer.to_empty(device=device)
+    if weight is not None and _is_channels_last(weight):
+        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _fill_unsaved_buffers(layer, entry)
+    return layer
+
+
+def _fill_unsaved_buffers(layer: CompressedLayer, entry: LayerEntry) -> None:
+    unsaved = [
+        (path, name) for path, module in layer.named_modules() for name in sorted(module._non_persistent_buffers_set)
+    ]
+    if not unsaved:
+        return
+    with torch.random.fork_rng():
+        twin = type(layer)(**entry.config)
+    for path, name in unsaved:
+        value, target = twin.get_submodule(path)._buffers[name], layer.get_submodule(path)._buffers[name]
+        if value is not None and target is not None:
+            target.copy_(value)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _float_dtype(module: nn.Module) -> torch.dtype | None:
+    return next((t.dtype for t in _tensors(module) if t.is_floating_point()), None)
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    if weight.dim() != 4 or weight.is_contiguous():
+        return False
+    return weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` with lists as tuples, as JSON does not tell them apart."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return tuple(_plain(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__

@@ -1,0 +1,248 @@
+"""What a file says about a model: its compressed layers, its shared tensors and how each tensor is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lowrank_nn.errors import FileFormatError, OptionError
+from lowrank_nn.layers import LAYERS, CompressedLayer, Packing
+from lowrank_nn.storage._container import is_shape
+from lowrank_nn.storage._encoding import DTYPES, Encoding, unstorable
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerEntry:
+    """One compressed layer.
+
+    Attributes:
+        path: Its dotted path, "" for the model itself.
+        name: Its class, as registered in ``LAYERS``.
+        config: The arguments of its constructor.
+        aliases: Further paths where the model holds the same layer.
+    """
+
+    path: str
+    name: str
+    config: dict[str, Any]
+    aliases: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as JSON-able values."""
+        entry = {"path": self.path, "class": self.name, "config": self.config}
+        return entry | ({"aliases": list(self.aliases)} if self.aliases else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """How one tensor is stored, and the checksum of its bytes."""
+
+    encoding: Encoding
+    checksum: str
+
+    def to_json(self) -> str | dict[str, Any]:
+        """Return the checksum alone for a tensor stored whole; else all that a reader needs."""
+        if self.encoding.whole:
+            return self.checksum
+        entry: dict[str, Any] = {
+            "checksum": self.checksum,
+            "dtype": self.encoding.dtype,
+            "shape": list(self.encoding.shape),
+        }
+        if self.encoding.bits is not None:
+            entry["bits"], entry["offset"] = self.encoding.bits
+        if self.encoding.bitmap:
+            entry["bitmap"] = True
+        if self.encoding.mask is not None:
+            entry["mask"] = self.encoding.mask
+        return entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """All that a file says about a model.
+
+    Attributes:
+        layers: Its compressed layers, parents before the layers inside them.
+        tied: For each state-dict key that shares its tensor with an earlier one, that earlier key.
+        tensors: How each tensor is stored, by state-dict key.
+    """
+
+    layers: tuple[LayerEntry, ...]
+    tied: dict[str, str]
+    tensors: dict[str, StoredTensor]
+
+    def keys(self) -> dict[str, str]:
+        """Return for every state-dict key the one under which its tensor is stored."""
+        return {key: key for key in self.tensors} | self.tied
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the structure as JSON-able values."""
+        return {
+            "layers": [layer.to_json() for layer in self.layers],
+            "tied": self.tied,
+            "tensors": {key: tensor.to_json() for key, tensor in self.tensors.items()},
+        }
+
+
+def describe_layers(model: nn.Module) -> tuple[LayerEntry, ...]:
+    """List the compressed layers of ``model``, parents first.
+
+    Raises:
+        OptionError: A layer is not registered, its config is not JSON, or a module is parametrized.
+    """
+    paths: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        modules[id(module)] = module
+        paths.setdefault(id(module), []).append(path)
+    entries, problems = [], []
+    for key, module in modules.items():
+        path, *aliases = paths[key]
+        if parametrize.is_parametrized(module):
+            problems.append(
+                f"{path!r} has parametrized tensors. Call torch.nn.utils.parametrize.remove_parametrizations first."
+            )
+        elif isinstance(module, CompressedLayer):
+            problem = _unwritable(module)
+            if problem is None:
+                entries.append(LayerEntry(path, type(module).__name__, module.config(), tuple(aliases)))
+            else:
+                problems.append(f"{path!r} {problem}")
+    if problems:
+        raise OptionError("save: the model cannot be written:\n" + "\n".join(f"  - {p}" for p in problems))
+    return tuple(entries)
+
+
+def state_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of the state dict, each once, and for every further key of one the first key.
+
+    Raises:
+        OptionError: The state holds something that a file cannot.
+    """
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    problems = []
+    for key, value in model.state_dict(keep_vars=True).items():
+        problem = unstorable(value) if isinstance(value, Tensor) else f"is a {type(value).__name__}, not a tensor."
+        if key.endswith("_extra_state"):
+            problem = "is extra state of a module, which a file cannot hold. Make it a buffer."
+        if problem is not None:
+            problems.append(f"{key!r} {problem}")
+            continue
+        earlier = first.setdefault(_identity(value), key)
+        if earlier == key:
+            tensors[key] = value
+        else:
+            tied[key] = earlier
+    if problems:
+        raise OptionError("save: the model cannot be written:\n" + "\n".join(f"  - {p}" for p in problems))
+    return tensors, tied
+
+
+def packings(model: nn.Module) -> dict[str, Packing]:
+    """Return what the compressed layers of ``model`` say about their tensors, by key; masks are named by their keys."""
+    found: dict[str, Packing] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, CompressedLayer):
+            prefix = f"{path}." if path else ""
+            for name, packing in module.packing().items():
+                mask = None if packing.mask is None else prefix + packing.mask
+                found[prefix + name] = Packing(packing.bits, mask)
+                if mask is not None:
+                    found.setdefault(mask, Packing(bits=1))
+    return found
+
+
+def read_structure(value: Any, stored_as: Mapping[str, tuple[str, tuple[int, ...]]]) -> Structure:
+    """Read back :meth:`Structure.to_json`.
+
+    Args:
+        value: The parsed JSON.
+        stored_as: Dtype and shape of the stored entries.
+
+    Raises:
+        FileFormatError: It is not of that form, or does not fit the entries.
+    """
+    try:
+        layers = tuple(_read_layer(entry) for entry in _typed(value["layers"], list))
+        tied = {_typed(k, str): _typed(v, str) for k, v in _typed(value["tied"], dict).items()}
+        tensors = _typed(value["tensors"], dict)
+        if tensors.keys() != stored_as.keys() or not set(tied.values()) <= tensors.keys() or tied.keys() & tensors:
+            raise ValueError("its tensors are not those that are stored")
+        read = {key: _read_tensor(entry, *stored_as[key]) for key, entry in tensors.items()}
+        for tensor in read.values():
+            _check_mask(tensor.encoding, read)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"the structure in the header is malformed ({error}).") from error
+    return Structure(layers, tied, read)
+
+
+def _unwritable(layer: CompressedLayer) -> str | None:
+    name = type(layer).__name__
+    if LAYERS.get(name) is not type(layer):
+        return f"is a {name}, which is not registered. Decorate the class with lowrank_nn.layers.register_layer."
+    try:
+        json.dumps(layer.config(), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        return f"({name}) has a config that is not JSON ({error}). config() must return plain numbers and strings."
+    return None
+
+
+def _identity(tensor: Tensor) -> Any:
+    if tensor.numel() == 0:
+        return id(tensor)
+    return (tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride())
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, got {value!r}"[:200])
+    return value
+
+
+def _read_layer(entry: Any) -> LayerEntry:
+    config = {_typed(name, str): _tuples(value) for name, value in _typed(entry["config"], dict).items()}
+    aliases = tuple(_typed(alias, str) for alias in _typed(entry.get("aliases", []), list))
+    return LayerEntry(_typed(entry["path"], str), _typed(entry["class"], str), config, aliases)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _check_mask(encoding: Encoding, tensors: Mapping[str, StoredTensor]) -> None:
+    if encoding.mask is None:
+        return
+    mask = tensors[encoding.mask].encoding
+    sizes = list(zip(reversed(mask.shape), reversed(encoding.shape), strict=False))
+    fits = len(mask.shape) <= len(encoding.shape) and all(m in (1, n) for m, n in sizes)
+    if mask.dtype != "BOOL" or mask.mask is not None or not fits:
+        raise ValueError(f"{encoding.mask!r} is no mask of shape {encoding.shape}")
+
+
+def _read_tensor(entry: Any, stored_dtype: str, stored_shape: tuple[int, ...]) -> StoredTensor:
+    if isinstance(entry, str):
+        whole = Encoding(stored_dtype, stored_shape, 0)
+        return StoredTensor(dataclasses.replace(whole, kept=whole.numel), entry)
+    dtype, shape, bits = _typed(entry["dtype"], str), entry["shape"], None
+    if dtype not in DTYPES or not is_shape(shape):
+        raise ValueError(f"dtype {dtype!r}, shape {shape!r}")
+    if "bits" in entry:
+        bits = (_typed(entry["bits"], int), _typed(entry["offset"], int))
+        if not 0 <= bits[0] < 64 or DTYPES[dtype].is_floating_point or DTYPES[dtype].is_complex:
+            raise ValueError(f"{bits[0]} bits for {dtype}")
+    mask = None if "mask" not in entry else _typed(entry["mask"], str)
+    bitmap = _typed(entry.get("bitmap", False), bool)
+    encoding = Encoding(dtype, tuple(shape), 0, bits, bitmap, mask)
+    if encoding.whole or (bitmap and mask is not None):
+        raise ValueError("a packed tensor needs bits, a bitmap or a mask")
+    # A tensor without mask or bitmap stores every entry; of the others the mask or bitmap tells how many.
+    kept = encoding.numel if mask is None and not bitmap else 0
+    return StoredTensor(dataclasses.replace(encoding, kept=kept), _typed(entry["checksum"], str))
