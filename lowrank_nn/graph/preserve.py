@@ -21,16 +21,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Restore ``model`` and the process on exit, however the block ends.
 
     Restored are, for every module: its attributes (train / eval flag, forward, counters), its tables of parameters,
-    buffers, children and hooks, and the values of its buffers; for the process: the random states of Python, numpy,
-    torch and all CUDA devices in use, grad mode, warnings filters and the switch of torch's fused attention. Not
-    restored are values written into parameters, and changes inside a list or dict that a module holds.
+    buffers, children and hooks, the values of its buffers and the requires_grad flags of its parameters; for the
+    process: the random states of Python, numpy, torch and all CUDA devices in use, grad mode, warnings filters and
+    the switch of torch's fused attention. Not restored are values written into parameters, and changes inside a list
+    or dict that a module holds.
     """
     modules = [(module, _attributes(module)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _has_values(buffer)]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with _process_state():
         try:
             yield
         finally:
+            for parameter, trains in flags:
+                parameter.requires_grad_(trains)
             for module, (attributes, tables) in modules:
                 _restore_attributes(module, attributes, tables)
             for buffer, values in buffers:

@@ -115,6 +115,7 @@ def swapped_encoder(which, **options):
     return dense, small
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch's own, on the dense model
 @pytest.mark.parametrize("which", [("linear1",), ("linear2",), ("linear1", "linear2"), ("self_attn.out_proj",)])
 @pytest.mark.parametrize("options", [{}, {"norm_first": True}, {"activation": "gelu"}])
 @pytest.mark.parametrize("mode", ["no_grad", "grad", "train"])
@@ -158,6 +159,7 @@ def test_only_altered_encoder_layers_leave_the_fused_path():
         release_fast_path(dense)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch's own, on the dense model
 def test_the_transformer_of_the_zoo_with_padding():
     dense, tokens = ZOO["transformer"]()
     tokens[0, 7:] = 0
