@@ -251,12 +251,15 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
     def approximate_(self, weight: Tensor, *, epc: bool = True) -> None:
         """Set the factors to the CP decomposition, group by group, of ``weight``, shape ``weight_shape``.
 
-        Each term has the same norm in all factors.
+        Each term has the same norm in all factors. Factors that give this very weight already stay as they are.
 
         Args:
             weight: Tensor of the replaced layer's weight shape.
             epc: Whether to run the error-preserving correction.
         """
+        # From a weight of exactly this rank the fit would find its factors only nearly.
+        if not weight.is_meta and torch.equal(weight, self.dense_weight()):
+            return
         tensors = _tensors(weight, self.groups, self.factors)
         parts = [[factor.T for factor in cp(tensor, self.rank, epc=epc)] for tensor in tensors]
         out, inn, *spatial = (torch.cat(factor) for factor in zip(*parts, strict=True))  # each (g r, n)
