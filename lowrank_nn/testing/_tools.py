@@ -60,14 +60,15 @@ def compress(cls: type[CompressedLayer], layer: nn.Module, options: dict[str, An
 
 def built(cls: type[CompressedLayer], case: Case) -> CompressedLayer:
     """Return the layer at its usual options, made from the case's dense layer; a copy, free to be changed."""
-    return copy.deepcopy(_built_once(cls, case))
+    return copy.deepcopy(built_with_source(cls, case)[0])
 
 
 # Decompositions are the slow part of the checks, and deterministic: one for all of them.
 @functools.lru_cache(maxsize=1024)
-def _built_once(cls: type[CompressedLayer], case: Case) -> CompressedLayer:
+def built_with_source(cls: type[CompressedLayer], case: Case) -> tuple[CompressedLayer, nn.Module]:
+    """Return the layer at its usual options and the dense layer it was made from; neither may be changed."""
     layer = case.layer()
-    return compress(cls, layer, cls.usual_options(layer))
+    return compress(cls, layer, cls.usual_options(layer)), layer
 
 
 def dense_output(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

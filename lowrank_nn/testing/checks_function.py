@@ -42,7 +42,7 @@ def check_output_contract(cls: type[CompressedLayer], case: Case) -> None:
 
 
 def check_lossless(cls: type[CompressedLayer], case: Case) -> None:
-    """With ``lossless_options`` the output is the dense layer's, in training and in evaluation mode."""
+    """With ``lossless_options`` weight and output are the dense layer's, in both modes; usual ones keep no more."""
     dense = case.layer()
     options = cls.lossless_options(dense)
     if options is None:
@@ -52,6 +52,8 @@ def check_lossless(cls: type[CompressedLayer], case: Case) -> None:
     for training in (True, False):
         expect_close(layer.train(training)(x), dense(x), tolerance, f"lossless output (training={training})")
     expect_close(layer.dense_weight(), dense.get_parameter("weight"), tolerance, "lossless dense_weight()")
+    usual, lossless = built(cls, case).cost(case.input_shape), layer.cost(case.input_shape)
+    expect(usual.nonzeros <= lossless.nonzeros, f"usual options keep {usual.nonzeros}, lossless {lossless.nonzeros}")
 
 
 def check_equals_dense_weight(cls: type[CompressedLayer], case: Case) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_nn.layers import CompressedLayer, Packing
-from lowrank_nn.testing._tools import TOLERANCE, built, compress, expect, expect_close, expect_same_state, seeded
+from lowrank_nn.testing._tools import TOLERANCE, built, expect, expect_close, expect_same_state, seeded
 from lowrank_nn.testing.cases import Case
 
 
@@ -134,12 +134,3 @@ def check_compile(cls: type[CompressedLayer], case: Case) -> None:
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     expect_close(compiled(x), layer(x), TOLERANCE[case.dtype], "compiled layer")
-
-
-def check_lossless_is_no_smaller(cls: type[CompressedLayer], case: Case) -> None:
-    """Usual options store no more scalars than lossless ones."""
-    dense = case.layer()
-    options = cls.lossless_options(dense)
-    if options is not None:
-        usual, lossless = built(cls, case).cost(case.input_shape), compress(cls, dense, options).cost(case.input_shape)
-        expect(usual.nonzeros <= lossless.nonzeros, f"usual options keep {usual.nonzeros} of {lossless.nonzeros}")

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 from lowrank_nn.errors import UnsupportedLayerError
 from lowrank_nn.layers import CompressedLayer
-from lowrank_nn.testing._tools import bias_of, built, compress, expect, expect_same_state, seeded
+from lowrank_nn.testing._tools import bias_of, built, built_with_source, compress, expect, expect_same_state, seeded
 from lowrank_nn.testing.cases import Case
 
 
@@ -26,15 +26,12 @@ def _storages(layer: nn.Module) -> set[int]:
 
 def check_source_untouched(cls: type[CompressedLayer], case: Case) -> None:
     """The dense layer keeps its values, flags and attributes, and shares no memory with the new layer."""
-    dense, reference = case.layer(), case.layer()
-    attributes = set(vars(dense))
-    layer = compress(cls, dense, cls.usual_options(dense))
+    layer, dense = built_with_source(cls, case)
+    reference = case.layer()
     expect(not _storages(dense) & _storages(layer), "memory is shared with the source")
-    with torch.no_grad():
-        for tensor in (*layer.parameters(), *layer.buffers()):
-            tensor.zero_()
     expect_same_state(dense, reference, "the source after compressing it")
-    expect(set(vars(dense)) == attributes, "attributes were added to the source")
+    expect(set(vars(dense)) == set(vars(reference)), "attributes were added to the source")
+    expect(repr(dense) == repr(reference), f"the source became {dense!r}")
     expect(dense.training == reference.training, "the train/eval mode of the source changed")
     for name, parameter in dense.named_parameters():
         trains = reference.get_parameter(name).requires_grad
@@ -95,19 +92,14 @@ def _globals_watched() -> Iterator[None]:
 
 def check_deterministic(cls: type[CompressedLayer], case: Case) -> None:
     """Two builds, and two calls, are equal bit for bit; no random number is drawn, no global state touched."""
-    dense, x = case.layer(), case.input()
-    layers = []
-    for seed in (1, 2):
-        with seeded(seed), _globals_watched():
-            layer = compress(cls, dense, cls.usual_options(dense))
-            layer.dense_weight()
-            layers.append(layer)
-    expect_same_state(layers[1], layers[0], "second build")
-    outputs = []
-    for seed in (1, 2):
-        with seeded(seed), _globals_watched():
-            outputs.append(layers[0].eval()(x))
-    expect(torch.equal(*outputs), "two calls give different outputs")
+    layer, dense, x = built(cls, case), case.layer(), case.input()
+    with seeded(1), _globals_watched():
+        again = compress(cls, dense, cls.usual_options(dense))
+        expect_same_state(again, layer, "second build")
+        expected = layer(x)
+    with seeded(2), _globals_watched():
+        expect(torch.equal(again(x), expected), "the second layer gives another output")
+        expect(torch.equal(layer(x), expected), "the second call gives another output")
 
 
 def check_meta(cls: type[CompressedLayer], case: Case) -> None:
@@ -128,7 +120,7 @@ def check_meta(cls: type[CompressedLayer], case: Case) -> None:
 def _with_value(value: float) -> Callable[[nn.Module], nn.Module]:
     def spoil(layer: nn.Module) -> nn.Module:
         with torch.no_grad():
-            layer.get_parameter("weight").view(-1)[-1] = value
+            layer.get_parameter("weight")[-1].fill_(value)
         return layer
 
     return spoil

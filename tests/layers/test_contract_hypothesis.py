@@ -57,7 +57,6 @@ def conv_cases(draw):
         (*batch, channels[0], *size),
         dtype=draw(DTYPES),
         training=draw(st.booleans()),
-        channels_last=len(batch) == 1 and draw(st.booleans()),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
