@@ -97,7 +97,7 @@ def _trains(layer: nn.Module, name: str) -> bool:
     own = layer._parameters.get(name)
     if own is not None:
         return own.requires_grad
-    return any(p.requires_grad for p in layer.parameters())
+    return any(p.requires_grad for p in layer.parameters() if p is not layer.bias)
 
 
 def _refuse_unstackable(layer: CompressedLayer, cls: type[CompressedLayer]) -> None:

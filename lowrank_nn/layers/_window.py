@@ -146,4 +146,5 @@ def _pad_and_crop(x: Tensor, pads: tuple[int, int, int, int], mode: str) -> Tens
     if any(grow):
         x = F.pad(x, grow, mode=mode)
     left, right, top, bottom = (max(-p, 0) for p in pads)
-    return x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
+    # narrow() refuses a negative length, which an input smaller than the kernel gives; slices would wrap around.
+    return x.narrow(-2, top, x.shape[-2] - top - bottom).narrow(-1, left, x.shape[-1] - left - right)
