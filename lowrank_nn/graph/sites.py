@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lowrank_nn.errors import PlanError, UnsupportedLayerError
+from lowrank_nn.graph.flops import FlopCounter
 from lowrank_nn.graph.preserve import untouched
 from lowrank_nn.layers import CompressedLayer
 
@@ -127,7 +127,7 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
             vars(module).update(training=False, _compiled_call_impl=None)
         for site in sites:
             vars(site.layer)["forward"] = log.watch(site)
-        with log.flops:
+        with log.counter:
             output = _run(model, example_inputs)
     return Recording(log.ordered(sites), log.other_macs(), output)
 
@@ -190,19 +190,11 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from tensors(item)
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-# torch 2.13 leaves the CPU's fused attention out of the registry of FlopCounterMode, which then counts it as nothing.
-MISSING_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-
-
 class _CallLog:
     """Calls of watched layers, and the flops spent in those that are priced by formula."""
 
     def __init__(self) -> None:
-        self.flops = FlopCounterMode(display=False, custom_mapping=MISSING_FORMULAS)
+        self.counter = FlopCounter()
         self._calls: dict[str, list[Call]] = {}
         self._priced_flops = 0
         self._inside_priced = False
@@ -230,19 +222,19 @@ class _CallLog:
         return (*called, *by_path.values())
 
     def other_macs(self) -> int:
-        """Return the multiply-accumulates outside the priced layers (FlopCounterMode counts two flops for each)."""
-        return (self.flops.get_total_flops() - self._priced_flops) // 2
+        """Return the multiply-accumulates outside the priced layers (two flops each)."""
+        return (self.counter.flops - self._priced_flops) // 2
 
     @contextlib.contextmanager
     def _price(self) -> Iterator[None]:
         if self._inside_priced:
             yield
             return
-        before, self._inside_priced = self.flops.get_total_flops(), True
+        before, self._inside_priced = self.counter.flops, True
         try:
             yield
         finally:
-            self._priced_flops += self.flops.get_total_flops() - before
+            self._priced_flops += self.counter.flops - before
             self._inside_priced = False
 
 
@@ -265,8 +257,10 @@ def _first_shape(value: Any) -> tuple[int, ...]:
     first = next(tensors(value), None)
     if first is None:
         return ()
-    # A nested tensor has no shape of its own; its packed values have the same positions.
-    return tuple((first.values() if first.is_nested else first).shape)
+    if first.is_nested:  # it has no shape of its own: all positions in one dimension
+        width = first.size(-1)
+        return (first.values().numel() // width, width)
+    return tuple(first.shape)
 
 
 def _run(model: nn.Module, example_inputs: Any) -> Any:
@@ -283,7 +277,8 @@ def _run(model: nn.Module, example_inputs: Any) -> Any:
 def _describe(value: Any) -> str:
     """Return types, shapes, dtypes and devices in ``value``, for error messages."""
     if isinstance(value, Tensor):
-        return f"Tensor({list(value.shape)}, {value.dtype}, {value.device})"
+        shape = "nested" if value.is_nested else list(value.shape)
+        return f"Tensor({shape}, {value.dtype}, {value.device})"
     if type(value) in (tuple, list):
         return f"({', '.join(_describe(item) for item in value)})"
     if isinstance(value, Mapping):

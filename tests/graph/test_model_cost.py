@@ -194,6 +194,25 @@ def test_products_outside_the_layers():
     assert model_cost(model, recording).macs == 3 * 16 + recording.other_macs
 
 
+@pytest.mark.parametrize(
+    ("product", "macs"),
+    [
+        (lambda x: x @ x.T, 3 * 3 * 4),
+        (lambda x: x @ x[0], 12),
+        (lambda x: torch.addmv(x[:, 0], x, x[0]), 12),
+        (lambda x: x[0] @ x[0], 4),
+        (lambda x: torch.einsum("ij,kj->ik", x, x), 36),
+        (lambda x: nn.functional.conv1d(x[None], x[None]), 12),
+        (lambda x: nn.functional.linear(x[0], x), 12),
+        (lambda x: x + x, 0),
+    ],
+)
+def test_functional_products(product, macs):
+    model = nn.Module()
+    model.forward = product
+    assert record(model, torch.zeros(3, 4)).other_macs == macs
+
+
 def test_a_layer_that_does_less_than_its_formula_takes_nothing_from_the_others():
     class Lazy(nn.Linear):
         def forward(self, x):

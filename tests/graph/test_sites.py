@@ -185,6 +185,50 @@ def test_packed_sequences():
     assert recording.sites[0].calls == (Call((6, 3), (6, 5)),)
 
 
+class Calls(nn.Module):
+    """A layer, called in the way of ``how``."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.fc, self.how = nn.Linear(3, 5), how
+
+    def forward(self, x):
+        return self.how(self.fc, x)
+
+
+def gradient(fc, x):
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(fc(x).sum(), x)[0]
+
+
+def in_inference_mode(fc, x):
+    with torch.inference_mode():
+        return fc(x)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        gradient,
+        in_inference_mode,
+        torch.utils.checkpoint.checkpoint,
+        lambda fc, x: fc.forward(x),
+        lambda fc, x: torch.func.functional_call(fc, dict(fc.named_parameters()), x),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*use_reentrant", "ignore:None of the inputs have requires_grad")
+def test_unusual_calls(how):
+    assert record(Calls(how), torch.randn(4, 3))["fc"].calls == (Call((4, 3), (4, 5)),)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_count_all_their_positions(layout):
+    x = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=layout)
+    assert record(Calls(lambda fc, x: fc(x)), (x,))["fc"].calls == (Call((6, 3), (6, 5)),)
+
+
 def test_meta_models_are_recorded_too():
     model, inputs = ZOO["resnet20"]()
     on_cpu = record(model, inputs)
