@@ -1,0 +1,212 @@
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import tensorly
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorly.decomposition import parafac
+
+from lowrank_nn.decompose import cp_sensitivity
+from lowrank_nn.errors import OptionError, RankError
+from lowrank_nn.layers import VBMF, CPConv2d, Energy, Params, SpeedUp, TuckerConv2d, read_layer
+from tests.layers.geometries import AWKWARD, assert_costs_agree, convolutions, dense_conv, largest_difference
+
+FACTORS = [3, 4]
+
+
+def problem_of(layer, factors=3):
+    return CPConv2d.rank_problem(read_layer(layer, CPConv2d), factors=factors)
+
+
+def squared_error(layer, compressed):
+    return float((compressed.weight - layer.weight).square().sum().detach())
+
+
+def factor_matrices(layer):
+    """The factors of an ungrouped layer: (O, r), (I, r), (kh kw, r)."""
+    expand, reduce, spatial = (stage.weight.detach() for stage in (layer.expand, layer.reduce, layer.spatial))
+    return [expand.flatten(1), reduce.flatten(1).T, spatial.flatten(1).T]
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_dense_weight_is_the_sum_of_the_terms(factors):
+    layer = CPConv2d(4, 6, (3, 2), groups=2, rank=5, factors=factors, dtype=torch.float64)
+    parameters = {name: p.detach().numpy() for name, p in layer.named_parameters()}
+    for group in range(2):
+        expected = np.zeros((3, 2, 3, 2))
+        for r in range(5 * group, 5 * group + 5):
+            if factors == 3:
+                taps = parameters["spatial.weight"][r, 0]
+            else:
+                taps = parameters["vertical.weight"][r, 0, :, :1] * parameters["horizontal.weight"][r, 0, :1, :]
+            out = parameters["expand.weight"][3 * group : 3 * group + 3, r - 5 * group, 0, 0]
+            expected += np.einsum("o,i,hw->oihw", out, parameters["reduce.weight"][r, :, 0, 0], taps)
+        found = layer.weight[3 * group : 3 * group + 3].detach().numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("name", AWKWARD)
+def test_full_rank_is_the_dense_layer(name, factors):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        dense = dense_conv(dtype, **AWKWARD[name])
+        (limit,) = problem_of(dense, factors).limits
+        compressed = CPConv2d.from_pretrained_layer(dense, rank=limit, factors=factors)
+        assert largest_difference(compressed, dense) < tolerance
+        assert largest_difference(compressed, dense, batched=False) < tolerance
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("padding", ["same", "valid", (2, 1), (0, 3)])
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
+def test_four_factors_run_the_convolution_of_their_dense_weight(padding_mode, padding):
+    """Rows and columns padded one after the other, at any rank."""
+    stride = 1 if padding == "same" else (2, 3)
+    arguments = {"padding": padding, "stride": stride, "padding_mode": padding_mode, "dilation": (1, 2)}
+    layer = CPConv2d(4, 6, (4, 3), **arguments, rank=5, factors=4, dtype=torch.float64)
+    assert largest_difference(layer, layer.to_dense_layer()) < 1e-12
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_a_kernel_of_few_terms_is_found(factors):
+    layer = dense_conv(in_channels=8, out_channels=10, kernel_size=3)
+    generator = torch.Generator().manual_seed(3)
+    sizes = (10, 8, 3, 3)
+    terms = [torch.randn(size, 2, generator=generator, dtype=torch.float64) for size in sizes]
+    with torch.no_grad():
+        layer.weight.copy_(torch.einsum("or,ir,hr,wr->oihw", *terms))
+    compressed = CPConv2d.from_pretrained_layer(layer, rank=2, factors=factors, epc=False)
+    assert squared_error(layer, compressed) < 1e-6 * float(layer.weight.square().sum().detach())
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_error_is_not_above_that_of_tensorly(factors):
+    layer = dense_conv(in_channels=12, out_channels=16, kernel_size=3)
+    kernel = layer.weight.detach().numpy()
+    kernel = kernel.reshape(16, 12, 9) if factors == 3 else kernel
+    theirs = []
+    for seed in range(3):
+        terms = parafac(kernel, 12, n_iter_max=50, init="random", random_state=seed, tol=0)
+        theirs.append(np.linalg.norm(kernel - tensorly.cp_to_tensor(terms)) ** 2)
+    compressed = CPConv2d.from_pretrained_layer(layer, rank=12, factors=factors, epc=False)
+    assert squared_error(layer, compressed) < 1.02 * np.mean(theirs)
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_error_falls_as_the_rank_grows(factors):
+    layer = dense_conv(in_channels=8, kernel_size=3)
+    errors = [
+        squared_error(layer, CPConv2d.from_pretrained_layer(layer, rank=rank, factors=factors))
+        for rank in (1, 3, 9, 27, 72)
+    ]
+    assert all(after < before for before, after in pairwise(errors))
+    assert errors[-1] < 1e-20
+
+
+def test_correction_lowers_the_sensitivity_at_about_the_same_error():
+    layer = dense_conv(in_channels=8, kernel_size=3)
+    plain = CPConv2d.from_pretrained_layer(layer, rank=24, epc=False)
+    corrected = CPConv2d.from_pretrained_layer(layer, rank=24)
+    assert cp_sensitivity(factor_matrices(corrected)) < 0.95 * cp_sensitivity(factor_matrices(plain))
+    assert squared_error(layer, corrected) <= 1.05**2 * squared_error(layer, plain) * (1 + 1e-9)
+
+
+def test_terms_have_equal_norms_in_all_factors():
+    norms = [
+        factor.norm(dim=0)
+        for factor in factor_matrices(CPConv2d.from_pretrained_layer(dense_conv(kernel_size=3), rank=5))
+    ]
+    assert torch.allclose(norms[0], norms[1], rtol=1e-9)
+    assert torch.allclose(norms[0], norms[2], rtol=1e-9)
+
+
+@given(convolutions(), st.sampled_from(FACTORS), st.data())
+def test_costs_agree_with_the_layer_and_with_torch(drawn, factors, data):
+    layer, input_shape = drawn
+    (limit,) = problem_of(layer, factors).limits
+    assert_costs_agree(CPConv2d, layer, input_shape, (data.draw(st.integers(1, limit)),), factors=factors)
+
+
+@pytest.mark.parametrize("rule", [VBMF(), Energy(0.9)])
+def test_rules_about_singular_values_are_refused(rule):
+    with pytest.raises(RankError, match=r"CPConv2d: VBMF and Energy .* number of terms"):
+        CPConv2d.from_pretrained_layer(dense_conv(kernel_size=3), rank=rule)
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_rules_about_costs_hold_and_are_tight(factors):
+    dense = dense_conv(in_channels=16, out_channels=24, kernel_size=3, padding=1, bias=False)
+    per_term = 16 + 24 + (9 if factors == 3 else 6)
+    by_params = CPConv2d.from_pretrained_layer(dense, rank=Params(0.3), factors=factors)
+    assert by_params.rank == int(0.3 * dense.weight.numel() / per_term)
+    by_macs = CPConv2d.from_pretrained_layer(dense, rank=SpeedUp(4), factors=factors)
+    assert by_macs.rank == int(dense.weight.numel() / 4 / per_term)
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_table_brackets_the_full_fit(factors, groups):
+    layer = dense_conv(in_channels=16, out_channels=16, kernel_size=3, groups=groups)
+    problem = problem_of(layer, factors)
+    ranks, errors = problem.table()
+    norm = float(layer.weight.square().sum().detach())
+    assert 5 <= len(ranks) <= 8
+    assert (problem.params(*ranks.T) < layer.weight.numel()).all()
+    assert all(after < before for before, after in pairwise(errors))
+    for rank, error in list(zip(ranks[:, 0].tolist(), errors.tolist(), strict=True))[::2]:
+        full = CPConv2d.from_pretrained_layer(layer, rank=rank, factors=factors, epc=False)
+        assert squared_error(layer, full) <= error * 1.001 < norm
+
+
+def test_table_beats_the_plain_start_on_a_kernel_with_structure():
+    """One term per rotated slice wastes terms that share channels; the sweeps find them."""
+    layer = dense_conv(in_channels=16, out_channels=16, kernel_size=3)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        terms = [torch.randn(size, 10, generator=generator, dtype=torch.float64) for size in (16, 16, 9)]
+        layer.weight.copy_(torch.einsum("or,ir,kr->oik", *terms).view(16, 16, 3, 3))
+    ranks, errors = problem_of(layer).table()
+    relative = errors / float(layer.weight.square().sum().detach())
+    assert relative[ranks[:, 0] >= 10].max() < 0.01
+
+
+def test_a_layer_that_no_term_fits_into_has_no_table():
+    ranks, errors = problem_of(dense_conv(out_channels=4, kernel_size=3, groups=4)).table()
+    assert ranks.shape == (0, 1)
+    assert errors.shape == (0,)
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_config_survives_json(factors):
+    layer = CPConv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 0), rank=3, factors=factors)
+    again = CPConv2d(**json.loads(json.dumps(layer.config())))
+    assert again.config() == layer.config()
+    assert again.state_dict().keys() == layer.state_dict().keys()
+
+
+@pytest.mark.parametrize("rank", [0, 37])
+def test_a_rank_out_of_range_is_refused(rank):
+    with pytest.raises(RankError, match=f"CPConv2d: rank must be from 1 to 36, got {rank}"):
+        CPConv2d.from_pretrained_layer(dense_conv(kernel_size=3), rank=rank)
+
+
+@pytest.mark.parametrize("rank", [3, Params(0.5)])
+def test_an_unknown_number_of_factors_is_refused(rank):
+    with pytest.raises(OptionError, match=r"CPConv2d: factors must be 3 .* or 4 .*, got 5"):
+        CPConv2d.from_pretrained_layer(dense_conv(kernel_size=3), rank=rank, factors=5)
+
+
+def test_the_bias_sits_on_the_last_stage():
+    layer = CPConv2d.from_pretrained_layer(dense_conv(kernel_size=3), rank=2)
+    assert layer.bias is layer.expand.bias
+    assert [stage.bias is None for stage in layer.stages()] == [True, True, False]
+
+
+def test_a_tucker_layer_is_no_source():
+    tucker = TuckerConv2d.from_pretrained_layer(dense_conv(kernel_size=3), rank=(2, 2))
+    with pytest.raises(TypeError, match="CPConv2d: the layer is a TuckerConv2d already"):
+        CPConv2d.from_pretrained_layer(tucker, rank=2)
