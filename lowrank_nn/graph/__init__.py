@@ -2,10 +2,10 @@
 
 from lowrank_nn.graph.costs import model_cost as model_cost
 from lowrank_nn.graph.costs import site_cost as site_cost
+from lowrank_nn.graph.inputs import call_model as call_model
 from lowrank_nn.graph.sites import Call as Call
 from lowrank_nn.graph.sites import Recording as Recording
 from lowrank_nn.graph.sites import Site as Site
-from lowrank_nn.graph.sites import call_model as call_model
 from lowrank_nn.graph.sites import find_sites as find_sites
 from lowrank_nn.graph.sites import record as record
 from lowrank_nn.graph.special import release_fast_path as release_fast_path

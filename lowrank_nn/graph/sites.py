@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from lowrank_nn.errors import PlanError, UnsupportedLayerError
 from lowrank_nn.graph.flops import FlopCounter
+from lowrank_nn.graph.inputs import call_model, describe, first_shape
 from lowrank_nn.graph.preserve import untouched
 from lowrank_nn.layers import CompressedLayer
 
@@ -112,7 +113,7 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
 
     Args:
         model: Any module whose forward runs: control flow may depend on data, layers may be shared or run repeatedly.
-        example_inputs: What it is called with; see :func:`call_model`.
+        example_inputs: What it is called with; see :func:`lowrank_nn.graph.call_model`.
 
     Raises:
         UnsupportedLayerError: The model is compiled or scripted, or holds layers that have no weights yet.
@@ -130,22 +131,6 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
         with log.counter:
             output = _run(model, example_inputs)
     return Recording(log.ordered(sites), log.other_macs(), output)
-
-
-def call_model(model: nn.Module, example_inputs: Any) -> Any:
-    """Call ``model`` as its user does.
-
-    Args:
-        model: The model.
-        example_inputs: A plain tuple or list gives the positional arguments, a dict (any mapping) the keyword
-            arguments; anything else (a tensor, dataclass, namedtuple) is the only argument. A model that takes one
-            dict is called with ``(the_dict,)``.
-    """
-    if type(example_inputs) in (tuple, list):
-        return model(*example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    return model(example_inputs)
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -174,22 +159,6 @@ def describe_paths(paths: Iterable[str]) -> str:
     return f"There are: {', '.join(names[:PATHS_SHOWN])}{more}."
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in ``value``, through lists, tuples, mappings and dataclasses, in order."""
-    if isinstance(value, Tensor):
-        yield value
-        return
-    inner: Iterable[Any] = ()
-    if isinstance(value, Mapping):
-        inner = value.values()
-    elif isinstance(value, (list, tuple)):
-        inner = value
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    for item in inner:
-        yield from tensors(item)
-
-
 class _CallLog:
     """Calls of watched layers, and the flops spent in those that are priced by formula."""
 
@@ -206,11 +175,11 @@ class _CallLog:
 
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            shape = _first_shape((args, kwargs))
+            shape = first_shape((args, kwargs))
             calls = self._calls.setdefault(site.path, [])
             with self._price() if priced else contextlib.nullcontext():
                 output = forward(*args, **kwargs)
-            calls.append(Call(shape, _first_shape(output)))
+            calls.append(Call(shape, first_shape(output)))
             return output
 
         return watched
@@ -253,37 +222,15 @@ def _enclosing(path: str, compressed: set[str]) -> str | None:
     return None
 
 
-def _first_shape(value: Any) -> tuple[int, ...]:
-    first = next(tensors(value), None)
-    if first is None:
-        return ()
-    if first.is_nested:  # it has no shape of its own: all positions in one dimension
-        width = first.size(-1)
-        return (first.values().numel() // width, width)
-    return tuple(first.shape)
-
-
 def _run(model: nn.Module, example_inputs: Any) -> Any:
     try:
         return call_model(model, example_inputs)
     except Exception as error:
         raise PlanError(
-            f"{type(model).__name__}: the forward failed on example_inputs = {_describe(example_inputs)}: "
+            f"{type(model).__name__}: the forward failed on example_inputs = {describe(example_inputs)}: "
             f"{type(error).__name__}: {error}. Pass what the model is called with: a tensor, a tuple of positional "
             "arguments or a dict of keyword arguments, on the model's device and of its dtype."
         ) from error
-
-
-def _describe(value: Any) -> str:
-    """Return types, shapes, dtypes and devices in ``value``, for error messages."""
-    if isinstance(value, Tensor):
-        shape = "nested" if value.is_nested else list(value.shape)
-        return f"Tensor({shape}, {value.dtype}, {value.device})"
-    if type(value) in (tuple, list):
-        return f"({', '.join(_describe(item) for item in value)})"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_describe(item)}" for key, item in value.items()) + "}"
-    return type(value).__name__
 
 
 def _refuse_opaque(model: nn.Module) -> None:

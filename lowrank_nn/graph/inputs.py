@@ -1,0 +1,64 @@
+"""What models are called with and return: tensors in any container."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def call_model(model: nn.Module, example_inputs: Any) -> Any:
+    """Call ``model`` as its user does.
+
+    Args:
+        model: The model.
+        example_inputs: A plain tuple or list gives the positional arguments, a dict (any mapping) the keyword
+            arguments; anything else (a tensor, dataclass, namedtuple) is the only argument. A model that takes one
+            dict is called with ``(the_dict,)``.
+    """
+    if type(example_inputs) in (tuple, list):
+        return model(*example_inputs)
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    return model(example_inputs)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in ``value``, through lists, tuples, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    inner: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        inner = value.values()
+    elif isinstance(value, (list, tuple)):
+        inner = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    for item in inner:
+        yield from tensors(item)
+
+
+def first_shape(value: Any) -> tuple[int, ...]:
+    """Return the shape of the first tensor in ``value``; ``()`` if there is none."""
+    first = next(tensors(value), None)
+    if first is None:
+        return ()
+    if first.is_nested:  # it has no shape of its own: all positions in one dimension
+        width = first.size(-1)
+        return (first.values().numel() // width, width)
+    return tuple(first.shape)
+
+
+def describe(value: Any) -> str:
+    """Return types, shapes, dtypes and devices in ``value``, for error messages."""
+    if isinstance(value, Tensor):
+        shape = "nested" if value.is_nested else list(value.shape)
+        return f"Tensor({shape}, {value.dtype}, {value.device})"
+    if type(value) in (tuple, list):
+        return f"({', '.join(describe(item) for item in value)})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(item)}" for key, item in value.items()) + "}"
+    return type(value).__name__
