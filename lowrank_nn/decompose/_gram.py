@@ -28,10 +28,12 @@ def gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         Shape (m, m); entries above the diagonal are not meaningful.
     """
-    rows = matrix.shape[0]
+    rows, columns = matrix.shape
+    if rows <= _ROW_BLOCK and matrix.dtype == dtype:
+        return matrix @ matrix.T
     result = matrix.new_zeros((rows, rows), dtype=dtype)
     width = max(_CHUNK_ELEMENTS // max(rows, 1), 1)
-    for first in range(0, matrix.shape[1], width):
+    for first in range(0, columns, width):
         block = matrix[:, first : first + width].to(dtype)
         for start in range(0, rows, _ROW_BLOCK):
             stop = min(start + _ROW_BLOCK, rows)
@@ -40,23 +42,23 @@ def gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def leading_eigenvectors(gram_matrix: Tensor, rank: int) -> Tensor:
-    """Return the ``rank`` eigenvectors of largest eigenvalue, in descending order, signs fixed.
+    """Return the ``rank`` eigenvectors of largest eigenvalue, in descending order.
 
     Args:
         gram_matrix: Symmetric, shape (m, m); only the lower triangle is read.
         rank: Number of vectors, at most m.
 
     Returns:
-        Orthonormal columns, shape (m, rank).
+        Orthonormal columns, shape (m, rank), of whatever sign.
     """
     vectors: Tensor = torch.linalg.eigh(gram_matrix).eigenvectors
-    return fix_signs(vectors.flip(1)[:, :rank])
+    return vectors[:, vectors.shape[1] - rank :].flip(1)
 
 
-def fix_signs(columns: Tensor) -> Tensor:
-    """Return the columns with signs chosen so that the entry of largest magnitude is positive."""
-    largest = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True))
-    return columns * torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
+def column_signs(columns: Tensor) -> Tensor:
+    """Return the signs, shape (r,), that make the entry of largest magnitude in each column positive."""
+    largest = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+    return torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
 
 
 def leading_left_vectors(matrix: Tensor, rank: int, *, exact: bool = False) -> Tensor:
@@ -69,10 +71,10 @@ def leading_left_vectors(matrix: Tensor, rank: int, *, exact: bool = False) -> T
             and so loses directions below sqrt(eps) of the largest singular value.
 
     Returns:
-        Orthonormal columns, shape (m, rank), in the dtype of ``matrix``.
+        Orthonormal columns, shape (m, rank), in the dtype of ``matrix``, of whatever sign.
     """
     if not exact:
         return leading_eigenvectors(gram(matrix, matrix.dtype), rank)
     rows, columns = matrix.shape
-    vectors = torch.linalg.svd(matrix, full_matrices=rank > min(rows, columns))[0]
-    return fix_signs(vectors[:, :rank])
+    vectors: Tensor = torch.linalg.svd(matrix, full_matrices=rank > min(rows, columns))[0]
+    return vectors[:, :rank]

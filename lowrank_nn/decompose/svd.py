@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_nn.decompose._gram import fix_signs, gram, leading_eigenvectors
+from lowrank_nn.decompose._gram import column_signs, gram, leading_eigenvectors
 
 _EXACT_LIMIT = 2048
 _SUBSPACE_ITERATIONS = 8
@@ -37,10 +37,11 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return left.T.contiguous(), right.T.contiguous()
     if matrix.dtype == torch.float64:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        root = S[:rank].sqrt()
-        return U[:, :rank] * root, root[:, None] * Vh[:rank]
+        U, Vh = U[:, :rank], Vh[:rank]
+        signs, root = column_signs(U), S[:rank].sqrt()
+        return U * (signs * root), (signs * root)[:, None] * Vh
     basis = _left_basis(matrix.float(), rank)
-    return _balance(basis, matrix)
+    return _balance(basis * column_signs(basis), matrix)
 
 
 @torch.no_grad()
@@ -89,7 +90,8 @@ def _subspace_basis(matrix: Tensor, rank: int, size: int) -> Tensor:
     row_basis = torch.linalg.qr(matrix.T @ basis).Q
     basis = torch.linalg.qr(matrix @ row_basis).Q
     rotation = leading_eigenvectors(gram(basis.T @ matrix, torch.float64), rank)
-    return fix_signs(basis.double() @ rotation)
+    vectors: Tensor = basis.double() @ rotation
+    return vectors
 
 
 def _balance(basis: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:

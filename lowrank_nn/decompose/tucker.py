@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from lowrank_nn.decompose._gram import gram, leading_eigenvectors, leading_left_vectors, working_dtype
+from lowrank_nn.decompose._gram import column_signs, gram, leading_eigenvectors, leading_left_vectors, working_dtype
 
 # Relative truncated tails below which a Gram matrix of the given type no longer finds the right subspace.
 _TAIL_LIMIT = {torch.float32: 1e-3, torch.float64: 1e-7}
@@ -82,12 +82,11 @@ def tucker2_errors(kernel: Tensor) -> Tensor:
     out_channels, in_channels = kernel.shape[:2]
     if kernel.is_meta:
         return kernel.new_empty((out_channels, in_channels), dtype=torch.float64)
-    X_out = kernel.flatten(1).to(working_dtype(kernel))
-    X_in = _exchange(X_out, in_channels)
-    out_basis = leading_eigenvectors(gram(X_out, torch.float64), out_channels).to(X_out.dtype)
-    in_basis = leading_eigenvectors(gram(X_in, torch.float64), in_channels).to(X_out.dtype)
-    rotated = in_basis.T @ _exchange(out_basis.T @ X_out, in_channels)
-    energy = rotated.view(in_channels, out_channels, -1).double().square().sum(dim=2).T
+    X = kernel.reshape(out_channels, in_channels, -1).to(working_dtype(kernel))
+    by_out, by_in = X.permute(2, 0, 1).contiguous(), X.permute(2, 1, 0).contiguous()
+    U = leading_eigenvectors(gram(by_in.flatten(0, 1).T, torch.float64), out_channels).to(X.dtype)
+    V = leading_eigenvectors(gram(by_out.flatten(0, 1).T, torch.float64), in_channels).to(X.dtype)
+    energy = (U.T @ by_out @ V).double().square().sum(dim=0)
     # Sums of what is left out, not the total less what is kept: no cancellation at high ranks.
     right = energy.flip(1).cumsum(1).flip(1)
     below = right[:, 0].flip(0).cumsum(0).flip(0)
@@ -108,6 +107,12 @@ def _decompose(
         tail = math.sqrt(max(1 - _energy(core) / total, 0.0)) if total > 0 else 1.0
         if tail > _TAIL_LIMIT[dtype] or core.shape == kernel.shape:
             break
+    if out_factor is not None:
+        signs = column_signs(out_factor)
+        core, out_factor = core * signs[:, None, None], out_factor * signs
+    if in_factor is not None:
+        signs = column_signs(in_factor)
+        core, in_factor = core * signs[:, None], in_factor * signs
     if rank[0] == kernel.shape[0]:
         out_factor = torch.eye(kernel.shape[0], dtype=core.dtype, device=core.device)
     if rank[1] == kernel.shape[1]:
@@ -132,27 +137,25 @@ def _hooi(
     X: Tensor, r_out: int | None, r_in: int | None, sweeps: int, exact: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return core and factors of X, shape (O, I, P); a mode whose rank is None keeps its axis."""
-    out_channels, in_channels, points = X.shape
-    X_out = X.reshape(out_channels, in_channels * points)
-    X_in = _exchange(X_out, in_channels)
-    if r_in is None:
-        if r_out is None:
-            return X.clone(), None, None
-        U = leading_left_vectors(X_out, r_out, exact=exact)
-        return (U.T @ X_out).view(r_out, in_channels, points), U, None
-    if r_out is None:
-        V = leading_left_vectors(X_in, r_in, exact=exact)
-        return _exchange(V.T @ X_in, out_channels).view(out_channels, r_in, points), None, V
-    U = leading_left_vectors(X_out, r_out, exact=exact)
+    if r_out is None and r_in is None:
+        return X.clone(), None, None
+    # With the points in front every product below reads its operands as they lie in memory.
+    by_out, by_in = X.permute(2, 0, 1).contiguous(), X.permute(2, 1, 0).contiguous()
+    if r_in is None and r_out is not None:
+        U = _basis(by_in, r_out, exact)
+        return (U.T @ by_out).permute(1, 2, 0), U, None
+    if r_out is None and r_in is not None:
+        V = _basis(by_out, r_in, exact)
+        return (V.T @ by_in).permute(2, 1, 0), None, V
+    U = _basis(by_in, cast(int, r_out), exact)
     for sweep in range(sweeps):
         if sweep > 0:
-            U = leading_left_vectors(_exchange(V.T @ X_in, out_channels), r_out, exact=exact)
-        projected = _exchange(U.T @ X_out, in_channels)
-        V = leading_left_vectors(projected, r_in, exact=exact)
-    core = _exchange(V.T @ projected, r_out)
-    return core.view(r_out, r_in, points), U, V
+            U = _basis(V.T @ by_in, U.shape[1], exact)
+        projected = U.T @ by_out
+        V = _basis(projected, cast(int, r_in), exact)
+    return (projected @ V).permute(1, 2, 0), U, V
 
 
-def _exchange(unfolded: Tensor, size: int) -> Tensor:
-    """Turn the unfolding (a, size * P) into the other mode's, (size, a * P)."""
-    return unfolded.view(unfolded.shape[0], size, -1).transpose(0, 1).reshape(size, -1)
+def _basis(stack: Tensor, rank: int, exact: bool) -> Tensor:
+    """Return the leading directions, shape (n, rank), of the last axis of (P, m, n)."""
+    return leading_left_vectors(stack.flatten(0, 1).T, rank, exact=exact)
