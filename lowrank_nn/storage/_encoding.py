@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lowrank_nn.errors import FileFormatError, OptionError
 from lowrank_nn.layers import Packing
@@ -36,7 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
 """The dtypes that a file can hold, by their names in the safetensors format."""
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_COST = 40  # about what the header grows by where a tensor is not stored whole: saving less is no saving
+HEADER_COST = 64  # about what the header grows by where a tensor is not stored whole: saving less is no saving
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +91,12 @@ class Encoding:
 def choose_encoding(
     tensor: Tensor, packing: Packing | None = None, mask: Tensor | None = None, mask_key: str | None = None
 ) -> Encoding:
-    """Return the encoding of ``tensor`` that takes the fewest bytes; all are exact.
+    """Return the encoding of ``tensor`` that takes the fewest bytes, or the one its layer declares; all are exact.
 
     Args:
         tensor: The tensor to store, on any device.
-        packing: What its layer says about it. The bits it names are used wherever the values fit in them.
+        packing: What its layer says about it. The bits it names are used wherever the values fit in them, so that
+            the layer knows its size without looking at the values.
         mask: Bool tensor that marks the entries that matter, broadcastable to the shape of ``tensor``.
         mask_key: Name under which ``mask`` is stored.
     """
@@ -106,8 +108,9 @@ def choose_encoding(
     declared = packing.bits if packing is not None else None
     if declared is not None and _is_integer(tensor.dtype):
         width, offset = width_and_offset(numbers)
-        if width <= declared < tensor.dtype.itemsize * 8:
-            return dataclasses.replace(base, bits=(declared, offset))
+        if width <= declared:
+            narrow = declared < tensor.dtype.itemsize * 8
+            return dataclasses.replace(base, bits=(declared, offset)) if narrow else base
     candidates = [base, *_integer_encoding(base, numbers)]
     if mask is None:
         nonzero = numbers[numbers != 0] if _is_integer(tensor.dtype) else numbers[: np.count_nonzero(numbers)]
@@ -174,6 +177,8 @@ def tensor_bytes(tensor: Tensor, packing: Packing | None = None, mask: Tensor | 
 
 def unstorable(tensor: Tensor) -> str | None:
     """Return why a file cannot hold ``tensor``, to be put after its name, or None."""
+    if is_lazy(tensor):
+        return "has no values yet. Run the model once first."
     if tensor.is_meta:
         return "is on the meta device and has no values. Move the model to a real device and fill it first."
     if tensor.layout is not torch.strided or type(tensor.detach()) is not Tensor:
