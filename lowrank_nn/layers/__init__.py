@@ -8,6 +8,7 @@ from lowrank_nn.layers._base import layer_output_shape as layer_output_shape
 from lowrank_nn.layers._base import register_layer as register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer as LowRankLayer
 from lowrank_nn.layers._pruned import PrunedLayer as PrunedLayer
+from lowrank_nn.layers._quantized import QuantLayer as QuantLayer
 from lowrank_nn.layers._ranks import VBMF as VBMF
 from lowrank_nn.layers._ranks import Energy as Energy
 from lowrank_nn.layers._ranks import Params as Params
@@ -20,6 +21,8 @@ from lowrank_nn.layers._source import read_layer as read_layer
 from lowrank_nn.layers.cp import CPConv2d as CPConv2d
 from lowrank_nn.layers.pruned import PrunedConv2d as PrunedConv2d
 from lowrank_nn.layers.pruned import PrunedLinear as PrunedLinear
+from lowrank_nn.layers.quant import QuantConv2d as QuantConv2d
+from lowrank_nn.layers.quant import QuantLinear as QuantLinear
 from lowrank_nn.layers.svd import SVDConv2d as SVDConv2d
 from lowrank_nn.layers.svd import SVDLinear as SVDLinear
 from lowrank_nn.layers.tucker import TuckerConv2d as TuckerConv2d

@@ -136,11 +136,12 @@ def windowed_conv2d(
     left, right, top, bottom = window_padding(window, kernel_size, padding, dilation)
     if padding_mode == "zeros" and left == right >= 0 and top == bottom >= 0:
         return F.conv2d(x, kernel, bias, stride, (top, left), dilation, groups)
-    x = _pad_and_crop(x, (left, right, top, bottom), "constant" if padding_mode == "zeros" else padding_mode)
+    x = pad_and_crop(x, (left, right, top, bottom), "constant" if padding_mode == "zeros" else padding_mode)
     return F.conv2d(x, kernel, bias, stride, 0, dilation, groups)
 
 
-def _pad_and_crop(x: Tensor, pads: tuple[int, int, int, int], mode: str) -> Tensor:
+def pad_and_crop(x: Tensor, pads: tuple[int, int, int, int], mode: str) -> Tensor:
+    """Pad ``x`` by (left, right, top, bottom), where negative numbers cut off; ``mode`` as for ``F.pad``."""
     # Grow first: what is cut off on one side may be more than there was before the other side grew.
     grow = [max(p, 0) for p in pads]
     if any(grow):

@@ -1,0 +1,240 @@
+"""Which range of values a quantized activation shall cover, decided from a stream of tensors."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lowrank_nn.errors import CalibrationError, OptionError
+
+Floats = NDArray[np.float64]
+
+BINS = 2048
+CHUNK = 1 << 22  # entries binned at a time: bounds the memory of the indices
+SMALLEST_EXPONENT = -1000
+PERCENTILE = 99.99
+ROUNDS = 20
+SHARES: Floats = np.linspace(0.02, 1.0, 99)
+
+
+class Observer(abc.ABC):
+    """Watches tensors and chooses the range that their quantized form covers."""
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+
+    def observe(self, x: Tensor) -> None:
+        """Take the entries of ``x`` into account; memory does not grow with their number.
+
+        Args:
+            x: Values, of any shape, floating-point dtype and device.
+
+        Raises:
+            CalibrationError: ``x`` is not a floating-point tensor, or holds NaN or infinite values.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            what = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise CalibrationError(f"calibration: expected floating-point tensors, got {what}.")
+        if x.numel() == 0:
+            return
+        x = x.detach()
+        low, high = (float(bound) for bound in torch.aminmax(x))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise CalibrationError(
+                "calibration: the input holds NaN or infinite values. Look for the damaged sample, or the layer before "
+                "that overflows."
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self._count(x)
+
+    def range(self) -> tuple[float, float]:
+        """Return the chosen (min, max); it includes 0.
+
+        Raises:
+            CalibrationError: Nothing was observed.
+        """
+        if self.low > self.high:
+            raise CalibrationError("calibration: no values were seen. Pass at least one tensor that is not empty.")
+        low, high = self._choose()
+        return (min(low, 0.0), max(high, 0.0))
+
+    @abc.abstractmethod
+    def _count(self, x: Tensor) -> None:
+        """Take in what this kind of observer needs beyond the extremes."""
+
+    @abc.abstractmethod
+    def _choose(self) -> tuple[float, float]:
+        """Return the range; at least one value was seen."""
+
+
+class MinMaxObserver(Observer):
+    """The range of all values seen: nothing is clipped."""
+
+    def _count(self, x: Tensor) -> None:
+        """Nothing: the extremes are enough."""
+
+    def _choose(self) -> tuple[float, float]:
+        return (self.low, self.high)
+
+
+class Histogram:
+    """Counts of values in at most 2048 bins whose width is a power of two and doubles when the values outgrow it.
+
+    Bin j holds the values in [j, j + 1) * width. Two neighbours merge into one without splitting any count, so the
+    result is exact and depends neither on the order of the values nor on how they came in batches. Exact zeros are
+    counted apart: they are exact on every grid.
+
+    Attributes:
+        exponent: log2 of the bin width.
+        first: Index j of the first bin.
+        counts: Count per bin, int64, on the CPU.
+        zeros: Count of values that are exactly 0.
+    """
+
+    def __init__(self) -> None:
+        self.exponent: int = SMALLEST_EXPONENT
+        self.first = 0
+        self.counts = torch.zeros(0, dtype=torch.int64)
+        self.zeros = 0
+        self._low = self._high = 0.0
+
+    def add(self, x: Tensor, low: float, high: float) -> None:
+        """Count the entries of ``x``, all of which lie in [low, high]."""
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        self._widen()
+        # Exact in float32 too, as the width is a power of two; unless it is out of float32's range.
+        wide = torch.float64 if self.exponent < -100 else torch.promote_types(x.dtype, torch.float32)
+        flat = x.reshape(-1)
+        for start in range(0, flat.numel(), CHUNK):
+            chunk = flat[start : start + CHUNK]
+            kept = chunk[chunk != 0].to(wide)
+            self.zeros += chunk.numel() - kept.numel()
+            index = torch.floor(kept * math.ldexp(1.0, -self.exponent)).to(torch.int64) - self.first
+            self.counts += torch.bincount(index, minlength=self.counts.numel()).cpu()
+
+    def edges(self) -> Floats:
+        """Return the borders of the bins, one more than there are bins."""
+        count = self.counts.numel()
+        edges: Floats = np.arange(self.first, self.first + count + 1, dtype=np.float64)
+        return edges * math.ldexp(1.0, self.exponent)
+
+    def _bounds(self, exponent: int) -> tuple[int, int]:
+        return math.floor(math.ldexp(self._low, -exponent)), math.floor(math.ldexp(self._high, -exponent))
+
+    def _widen(self) -> None:
+        span = self._high - self._low
+        exponent = max(self.exponent, math.frexp(span)[1] - BINS.bit_length() if span else SMALLEST_EXPONENT)
+        first, last = self._bounds(exponent)
+        while last - first >= BINS:
+            exponent += 1
+            first, last = self._bounds(exponent)
+        counts = torch.zeros(last - first + 1, dtype=torch.int64)
+        old = torch.arange(self.first, self.first + self.counts.numel()) >> min(exponent - self.exponent, 63)
+        counts.index_add_(0, old - first, self.counts)
+        self.exponent, self.first, self.counts = exponent, first, counts
+
+
+class _HistogramObserver(Observer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.histogram = Histogram()
+
+    def _count(self, x: Tensor) -> None:
+        self.histogram.add(x, self.low, self.high)
+
+
+class PercentileObserver(_HistogramObserver):
+    """The range between two percentiles, ``percentile`` and 100 - ``percentile``; what lies beyond is clipped.
+
+    Exact to the width of a histogram bin, at most 1/1023 of the range of all values.
+
+    Args:
+        percentile: Upper percentile, above 50 and at most 100.
+    """
+
+    def __init__(self, percentile: float = PERCENTILE) -> None:
+        super().__init__()
+        if not 50 < percentile <= 100:
+            raise OptionError(f"percentile: must be above 50 and at most 100, got {percentile}.")
+        self.percentile = percentile
+
+    def _choose(self) -> tuple[float, float]:
+        low, high = (self._quantile(share) for share in (1 - self.percentile / 100, self.percentile / 100))
+        return (max(low, self.low), min(high, self.high))
+
+    def _quantile(self, share: float) -> float:
+        edges, counts = self.histogram.edges(), self.histogram.counts.numpy()
+        # The zeros stand between the bins below 0 and those from 0 on, as a bin without width.
+        at = -self.histogram.first
+        edges, counts = np.insert(edges, at, 0.0), np.insert(counts, at, self.histogram.zeros)
+        passed = np.concatenate([[0], np.cumsum(counts)])
+        return float(np.interp(share * passed[-1], passed, edges))
+
+
+class MSEObserver(_HistogramObserver):
+    """The range that minimises the mean squared error of quantization: clipping error against rounding error.
+
+    Each end is tried at 99 shares of the largest value on its side: first both together, then each by itself, in turn,
+    until neither moves.
+
+    Args:
+        bits: Bits of the quantized values.
+    """
+
+    def __init__(self, bits: int = 8) -> None:
+        super().__init__()
+        self.levels = 2**bits - 1
+
+    def _choose(self) -> tuple[float, float]:
+        edges, counts = self.histogram.edges(), self.histogram.counts.numpy()
+        kept = counts > 0
+        centers: Floats = ((edges[:-1] + edges[1:]) / 2)[kept]
+        weights: Floats = counts[kept].astype(np.float64)
+        lows, highs = SHARES * min(self.low, 0.0), SHARES * max(self.high, 0.0)
+        best = int(np.argmin(self._errors(lows, highs, centers, weights)))
+        low, high = best, best
+        for _ in range(ROUNDS):
+            previous = (low, high)
+            low = int(np.argmin(self._errors(lows, highs[high], centers, weights)))
+            high = int(np.argmin(self._errors(lows[low], highs, centers, weights)))
+            if (low, high) == previous:
+                break
+        return (float(lows[low]), float(highs[high]))
+
+    def _errors(self, lows: Floats, highs: Floats, centers: Floats, weights: Floats) -> Floats:
+        """Return the summed squared error of each pair of ends, which broadcast against each other."""
+        low, high = np.broadcast_arrays(lows, highs)
+        step = np.maximum(high - low, np.finfo(np.float64).tiny)[:, None] / self.levels
+        zero = np.round(-low[:, None] / step)
+        codes = np.clip(np.round(centers / step) + zero, 0, self.levels)
+        errors: Floats = np.square((codes - zero) * step - centers) @ weights
+        return errors
+
+
+OBSERVERS: dict[str, Callable[[int], Observer]] = {
+    "minmax": lambda bits: MinMaxObserver(),
+    "percentile": lambda bits: PercentileObserver(),
+    "mse": MSEObserver,
+}
+"""Observers by the name that options give them, as functions of the bits of the quantized values."""
+
+
+def make_observer(name: str, bits: int) -> Observer:
+    """Return a new observer.
+
+    Args:
+        name: ``"minmax"``, ``"percentile"`` (99.99 % at either end) or ``"mse"``.
+        bits: Bits of the quantized values.
+
+    Raises:
+        OptionError: There is no such observer.
+    """
+    if name not in OBSERVERS:
+        raise OptionError(f"observer: must be one of {', '.join(map(repr, OBSERVERS))}, got {name!r}.")
+    return OBSERVERS[name](bits)

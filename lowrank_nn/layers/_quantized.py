@@ -1,0 +1,450 @@
+"""What the quantized layers share: the two states of their weight, calibration, and the integer reference."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lowrank_nn.cost import Cost
+from lowrank_nn.errors import CalibrationError, OptionError
+from lowrank_nn.layers._affine import (
+    Grid,
+    accumulator_dtype,
+    affine_parameters,
+    dequantize,
+    fake_quantize,
+    integer_product,
+    quantize,
+    signed_grid,
+    symmetric_grid,
+    symmetric_scale,
+    unsigned_grid,
+    widened,
+)
+from lowrank_nn.layers._base import CompressedLayer, Packing
+from lowrank_nn.layers._masks import keep_largest
+from lowrank_nn.layers._observers import make_observer
+from lowrank_nn.layers._pruned import PrunedLayer
+from lowrank_nn.layers._shapes import draw_bias_
+from lowrank_nn.layers._source import read_layer
+from lowrank_nn.layers._window import Window, crop_window
+
+Scheme = Literal["symmetric", "affine"]
+
+UNCALIBRATED = (-4.0, 4.0)  # four standard deviations of a normalised input
+
+
+class QuantLayer(CompressedLayer):
+    """Base of the layers whose weight, and input where asked for, lies on a grid of integers.
+
+    The weight is in one of two states. Frozen, it is int8 integers and their scale; nothing of it trains. Not frozen,
+    it is a float parameter that is rounded to the grid in every forward, in train and eval mode alike, with
+    straight-through gradients (quantization-aware training); its scale follows it from step to step.
+
+    Attributes:
+        bits: Bits per weight.
+        scheme: ``"symmetric"`` or ``"affine"``.
+        activation_bits: Bits per input entry, or None.
+        frozen: Which of the two states the weight is in.
+        window: Place of the stored kernel in the dense weight, or None where it is all of it.
+        nonzeros: Entries of the stored kernel that the mask keeps, or None where there is no mask.
+        latent: The float weight, a parameter; None when frozen.
+        weight_int: The integers, int8, of the stored kernel's shape; None when not frozen.
+        weight_scale: The scale, ``(O,)`` (symmetric) or 0-dimensional (affine); None when not frozen.
+        weight_zero_point: The integer that stands for 0, 0-dimensional; None when not frozen or symmetric.
+        mask: Bool buffer of the stored kernel's shape: which entries are not held at zero; or None.
+        input_scale: Scale of the input, 0-dimensional; None without ``activation_bits``.
+        input_zero_point: Zero point of the input, 0-dimensional; None without ``activation_bits``.
+    """
+
+    latent: nn.Parameter | None
+    weight_int: Tensor | None
+    weight_scale: Tensor | None
+    weight_zero_point: Tensor | None
+    mask: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    bias: nn.Parameter | None
+    window: Window | None = None
+
+    def _set_up(
+        self,
+        shape: tuple[int, ...],
+        bias: bool,
+        bits: int,
+        scheme: Scheme,
+        activation_bits: int | None,
+        frozen: bool,
+        nonzeros: int | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Check the options and create the tensors; ``shape`` is that of the stored kernel."""
+        self.bits = self._check_bits("bits", bits)
+        self.activation_bits = None if activation_bits is None else self._check_bits("activation_bits", activation_bits)
+        if scheme not in ("symmetric", "affine"):
+            raise OptionError(f"{type(self).__name__}: scheme must be 'symmetric' or 'affine', got {scheme!r}.")
+        if nonzeros is not None and not 1 <= nonzeros <= math.prod(shape):
+            raise OptionError(
+                f"{type(self).__name__}: nonzeros must be from 1 to the {math.prod(shape)} entries of the stored "
+                f"weight, got {nonzeros!r}. Pass None for a layer without mask."
+            )
+        self.scheme, self.frozen, self.nonzeros = scheme, False, nonzeros
+        kernel = torch.zeros(shape, device=device, dtype=dtype)
+        # All names are registered in either state, so that the order of state dict and parameters is the same.
+        self.latent = nn.Parameter(kernel)
+        self.register_parameter("bias", nn.Parameter(kernel.new_zeros(shape[0])) if bias else None)
+        for name in ("weight_int", "weight_scale", "weight_zero_point", "mask", "input_scale", "input_zero_point"):
+            self.register_buffer(name, None)
+        if nonzeros is not None:
+            self.mask = keep_largest(torch.rand(shape, device=kernel.device), nonzeros)
+        if self.activation_bits is not None:
+            self.input_scale = kernel.new_ones(())
+            self.input_zero_point = torch.zeros((), dtype=torch.int32, device=kernel.device)
+            self.set_input_range(*UNCALIBRATED)
+        if frozen:
+            self.freeze()
+        self.reset_parameters()
+
+    def _check_bits(self, name: str, value: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
+            raise OptionError(f"{type(self).__name__}: {name} must be a whole number from 2 to 8, got {value!r}.")
+        return value
+
+    @classmethod
+    def from_pretrained_layer(
+        cls,
+        layer: nn.Module,
+        *,
+        bits: int = 8,
+        scheme: Scheme = "symmetric",
+        activation_bits: int | None = None,
+        inputs: Tensor | Iterable[Tensor] | None = None,
+        observer: str = "minmax",
+        input_range: tuple[float, float] | None = None,
+        frozen: bool = True,
+    ) -> Self:
+        """Build the layer from ``layer``, each weight rounded to the nearest number on the grid.
+
+        On a pruned layer zeros stay exactly zero, and a kernel stored as a window stays the smaller one.
+
+        Args:
+            layer: A trained dense layer of the class replaced, or the pruned layer of that kind; not changed.
+            bits: Bits per weight, 2 to 8.
+            scheme: ``"symmetric"``, a scale per output channel, or ``"affine"``, one scale and zero point in all.
+            activation_bits: Bits per entry of the input, 2 to 8; None leaves the input in floating point.
+            inputs: What the layer is called with on typical data, a tensor or an iterable of tensors, to choose the
+                range of the quantized input from.
+            observer: How it is chosen from them: ``"minmax"``, ``"percentile"`` or ``"mse"``.
+            input_range: (min, max) in place of ``inputs``, where it was measured already.
+            frozen: True: integers, to be used. False: floats on the grid, to be trained; call ``freeze()`` after.
+
+        Raises:
+            UnsupportedLayerError: The layer cannot be carried over whole.
+            OptionError: An option has a value that is not allowed, or has no effect beside the others.
+            CalibrationError: ``activation_bits`` without range, or a range or inputs that cannot be used.
+        """
+        _check_calibration(cls.__name__, activation_bits, inputs, input_range)
+        source = read_layer(layer, cls)
+        options: dict[str, Any] = {"bits": bits, "scheme": scheme, "activation_bits": activation_bits}
+        new = source.empty(cls, **options, frozen=frozen, **_sparsity(layer))
+        if new.mask is not None:
+            assert isinstance(layer, PrunedLayer)
+            new.mask.copy_(layer.mask)
+        new.approximate_(source.weight)
+        if input_range is not None:
+            new.set_input_range(*input_range)
+        if inputs is not None:
+            new.calibrate(inputs, observer=observer)
+        return source.finish(new)
+
+    @classmethod
+    def usual_options(cls, layer: nn.Module) -> dict[str, Any]:
+        """Weights in 8 bits."""
+        return {"bits": 8}
+
+    @classmethod
+    def lossless_options(cls, layer: nn.Module) -> dict[str, Any] | None:
+        """None: the weight is always rounded."""
+        return None
+
+    @torch.no_grad()
+    def approximate_(self, weight: Tensor) -> None:
+        """Set each entry to the grid's number nearest to ``weight``, the dense weight; masked entries to zero."""
+        self._store_(crop_window(weight, self.window))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weight as torch draws dense ones, from +-1 / sqrt(fan_in), and the bias; the mask stays."""
+        bound = 1 / math.sqrt(self.fan_in)
+        like = cast(Tensor, self.weight_int if self.frozen else self.latent)
+        scale = cast(Tensor, self.weight_scale if self.frozen else self.latent)
+        self._store_(torch.empty_like(like, dtype=scale.dtype).uniform_(-bound, bound))
+        draw_bias_(self.bias, self.fan_in)
+
+    def freeze(self) -> Self:
+        """Turn the float weight into integers, in place; the layer computes the same as before.
+
+        The parameter ``latent`` is gone afterwards: take it out of the optimizer too.
+
+        Returns:
+            The layer itself.
+        """
+        if not self.frozen:
+            assert self.latent is not None
+            codes, scale, zero_point = self._rounded(self.latent)
+            self.weight_int, self.weight_scale = codes, scale
+            self.weight_zero_point = zero_point if self.scheme == "affine" else None
+            self.latent, self.frozen = None, True
+        return self
+
+    def unfreeze(self) -> Self:
+        """Turn the integers into a float parameter that trains, in place; the layer computes the same as before.
+
+        Returns:
+            The layer itself.
+        """
+        if self.frozen:
+            self.latent = nn.Parameter(self.stored_weight())
+            self.weight_int = self.weight_scale = self.weight_zero_point = None
+            self.frozen = False
+        return self
+
+    def stored_weight(self) -> Tensor:
+        """Return the weight of the stored kernel's shape: numbers on the grid; straight-through gradients."""
+        if self.frozen:
+            codes, scale, zero_point = self.integer_weight()
+            return dequantize(codes, self._per_channel(scale), zero_point)
+        assert self.latent is not None
+        kernel = self._masked(self.latent)
+        scale, zero_point = self._grid_of(kernel)
+        return fake_quantize(kernel, self._per_channel(scale), zero_point, self._weight_grid)
+
+    def integer_weight(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weight as integers: weight = scale (codes - zero_point).
+
+        Returns:
+            Codes, int8, of the stored kernel's shape, the zero point where the mask holds the weight at zero; the
+            scale, ``(O,)`` or 0-dimensional; the zero point, int32, 0-dimensional, 0 in the symmetric scheme.
+        """
+        if self.frozen:
+            assert self.weight_int is not None
+            assert self.weight_scale is not None
+            codes, scale, zero_point = self.weight_int, self.weight_scale, self.weight_zero_point
+            if zero_point is None:
+                zero_point = torch.zeros((), dtype=torch.int32, device=codes.device)
+        else:
+            assert self.latent is not None
+            codes, scale, zero_point = self._rounded(self.latent)
+        if self.mask is not None:
+            codes = torch.where(self.mask, codes, zero_point.to(torch.int8))
+        return codes, scale, zero_point
+
+    def calibrate(self, inputs: Tensor | Iterable[Tensor], *, observer: str = "minmax") -> None:
+        """Choose the range of the quantized input from what the layer is called with on typical data.
+
+        Args:
+            inputs: A tensor, or an iterable of tensors; taken one at a time.
+            observer: ``"minmax"``, ``"percentile"`` or ``"mse"``.
+
+        Raises:
+            OptionError: There is no such observer.
+            CalibrationError: There are no values, or they are not finite floats; or the layer has no
+                ``activation_bits``.
+        """
+        _, _, grid = self._input_grid("calibrate")
+        watcher = make_observer(observer, grid.high.bit_length())
+        try:
+            for x in (inputs,) if isinstance(inputs, Tensor) else inputs:
+                watcher.observe(x)
+            low, high = watcher.range()
+        except CalibrationError as error:
+            raise CalibrationError(f"{type(self).__name__}: {error.message}") from error
+        self.set_input_range(low, high)
+
+    @torch.no_grad()
+    def set_input_range(self, low: float, high: float) -> None:
+        """Set the range of the quantized input to [min(low, 0), max(high, 0)]; inputs beyond it are clipped.
+
+        Raises:
+            CalibrationError: The numbers are not finite, or ``low`` is above ``high``; or the layer has no
+                ``activation_bits``.
+        """
+        stored_scale, stored_zero_point, grid = self._input_grid("set_input_range")
+        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+            raise CalibrationError(
+                f"{type(self).__name__}: the input range must be two finite numbers (min, max), got ({low}, {high})."
+            )
+        ends = torch.tensor([low, high], dtype=torch.float64)
+        scale, zero_point = affine_parameters(ends[0], ends[1], grid, stored_scale.dtype)
+        stored_scale.copy_(scale)
+        stored_zero_point.copy_(zero_point)
+
+    def integer_forward(self, x: Tensor) -> Tensor:
+        """Compute the layer in integers: uint8 inputs, int8 weights, int32 sums; scale and bias come last.
+
+        Bit for bit what integer hardware computes, and up to float rounding what ``forward`` does: the reference for
+        fast kernels, not fast itself. The bias is added in floating point. No gradients.
+
+        Args:
+            x: Input of the same shape as for ``forward``.
+
+        Raises:
+            CalibrationError: The layer has no ``activation_bits``.
+        """
+        input_scale, _, _ = self._input_grid("integer_forward")
+        sums, wide = self.integer_accumulators(x), widened(x.dtype)
+        per_channel = (-1, *(1,) * (len(self.weight_shape) - 2))
+        scale = input_scale.to(wide) * self.integer_weight()[1].to(wide)
+        y = sums.to(wide) * scale.reshape(per_channel)
+        if self.bias is not None:
+            y = y + self.bias.detach().to(wide).reshape(per_channel)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def integer_accumulators(self, x: Tensor) -> Tensor:
+        """Return sum (q_x - z_x) (q_w - z_w) per output, of the output's shape, in the zero-point algebra.
+
+        int32; int64 where so many products are summed that int32 could overflow (over 33,025 at 8 and 8 bits).
+
+        Raises:
+            CalibrationError: The layer has no ``activation_bits``.
+        """
+        scale, x_zero, grid = self._input_grid("integer_accumulators")
+        codes, _, w_zero = self.integer_weight()
+        patches = self._patches(quantize(x, scale, x_zero, grid, torch.uint8), x_zero)
+        weights = codes.reshape(patches.shape[0], -1, patches.shape[2]).transpose(1, 2)
+        dtype = accumulator_dtype(patches.shape[2], grid, self._weight_grid)
+        sums = integer_product(patches, weights, x_zero, w_zero, dtype)
+        return self._fold(sums, self.output_shape(x.shape))
+
+    @property
+    @abc.abstractmethod
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight, output channels first."""
+
+    @property
+    @abc.abstractmethod
+    def fan_in(self) -> int:
+        """Inputs that one output sums over."""
+
+    @abc.abstractmethod
+    def _patches(self, codes: Tensor, zero_point: Tensor) -> Tensor:
+        """Return what each output multiplies, ``(groups, positions, K)``, of the input's integers ``codes``."""
+
+    @abc.abstractmethod
+    def _fold(self, sums: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return sums ``(groups, positions, channels)`` in the output's ``shape``."""
+
+    def stages(self) -> Iterator[nn.Module]:
+        """Yield nothing: the layer is a leaf."""
+        yield from ()
+
+    def packing(self) -> Mapping[str, Packing]:
+        """Store integers in the bits they need, and nothing of what a mask drops."""
+        mask = None if self.mask is None else "mask"
+        if self.frozen:
+            return {"weight_int": Packing(self.bits, mask)}
+        return {} if mask is None else {"latent": Packing(mask=mask)}
+
+    def cost(self, input_shape: Sequence[int]) -> Cost:
+        """Return params, MACs, bytes and nonzeros of one call.
+
+        ``params`` counts the stored weights, whatever their bits, and the bias, and not the scales. ``bytes`` is what
+        a file takes: ceil(n bits / 8) for n weights (floats when not frozen), with a mask the kept weights and
+        ceil(n / 8) for the mask, and scales, zero points and bias as they are.
+
+        Args:
+            input_shape: Shape of the input, batched or not.
+        """
+        kernel = cast(Tensor, self.weight_int if self.frozen else self.latent)
+        stored, biases = kernel.numel(), 0 if self.bias is None else self.bias.numel()
+        kept = stored if self.nonzeros is None else self.nonzeros
+        width = self.bits if self.frozen else 8 * kernel.element_size()
+        beside = (self.weight_scale, self.weight_zero_point, self.input_scale, self.input_zero_point, self.bias)
+        size = -(-kept * width // 8) + (0 if self.mask is None else -(-stored // 8))
+        size += sum(t.numel() * t.element_size() for t in beside if t is not None)
+        positions = math.prod(self.output_shape(input_shape)) // kernel.shape[0]
+        return Cost(params=stored + biases, macs=positions * stored, bytes=size, nonzeros=kept + biases)
+
+    def _quantized_input(self, x: Tensor) -> Tensor:
+        if self.activation_bits is None:
+            return x
+        return fake_quantize(x, *self._input_grid("forward"))
+
+    @property
+    def _weight_grid(self) -> Grid:
+        return symmetric_grid(self.bits) if self.scheme == "symmetric" else signed_grid(self.bits)
+
+    def _grid_of(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scale and zero point that fit ``kernel``."""
+        if self.scheme == "symmetric":
+            return symmetric_scale(kernel, self.bits), torch.zeros((), dtype=torch.int32, device=kernel.device)
+        return affine_parameters(kernel.amin(), kernel.amax(), self._weight_grid, kernel.dtype)
+
+    def _rounded(self, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes (0 where masked), scale and zero point of ``kernel``."""
+        kernel = self._masked(kernel.detach())
+        scale, zero_point = self._grid_of(kernel)
+        codes = quantize(kernel, self._per_channel(scale), zero_point, self._weight_grid, torch.int8)
+        return self._masked(codes), scale, zero_point
+
+    def _store_(self, kernel: Tensor) -> None:
+        if not self.frozen:
+            assert self.latent is not None
+            self.latent.copy_(self._masked(kernel))
+            return
+        assert self.weight_int is not None
+        assert self.weight_scale is not None
+        codes, scale, zero_point = self._rounded(kernel.to(self.weight_scale.dtype))
+        self.weight_int.copy_(codes)
+        self.weight_scale.copy_(scale)
+        if self.weight_zero_point is not None:
+            self.weight_zero_point.copy_(zero_point)
+
+    def _masked(self, kernel: Tensor) -> Tensor:
+        return kernel if self.mask is None else torch.where(self.mask, kernel, 0)
+
+    def _per_channel(self, scale: Tensor) -> Tensor:
+        """Return ``scale`` in a shape that broadcasts to the stored kernel."""
+        return scale.reshape(-1, *(1,) * (len(self.weight_shape) - 1))
+
+    def _input_grid(self, method: str) -> tuple[Tensor, Tensor, Grid]:
+        """Return scale, zero point and grid of the quantized input, which ``method`` needs."""
+        if self.activation_bits is None:
+            raise CalibrationError(
+                f"{type(self).__name__}: {method} needs a quantized input, and this layer quantizes weights only. "
+                "Build it with activation_bits=8."
+            )
+        assert self.input_scale is not None
+        assert self.input_zero_point is not None
+        return self.input_scale, self.input_zero_point, unsigned_grid(self.activation_bits)
+
+
+def _sparsity(layer: nn.Module) -> dict[str, Any]:
+    """Return the options that carry over what of ``layer`` is pruned."""
+    if not isinstance(layer, PrunedLayer):
+        return {}
+    options: dict[str, Any] = {} if layer.window is None else {"window": layer.window}
+    return options | {"nonzeros": layer.nonzeros if layer.nonzeros < layer.kernel.numel() else None}
+
+
+def _check_calibration(name: str, activation_bits: int | None, inputs: Any, input_range: Any) -> None:
+    given = [option for option, value in (("inputs", inputs), ("input_range", input_range)) if value is not None]
+    if activation_bits is None and given:
+        raise OptionError(
+            f"{name}: {' and '.join(given)} has no effect without activation_bits. Pass activation_bits=8 as well."
+        )
+    if activation_bits is not None and not given:
+        raise CalibrationError(
+            f"{name}: activation_bits={activation_bits} needs to know the range of the layer's input. Pass inputs=, "
+            "tensors that the layer sees on typical data, or input_range=(min, max)."
+        )
+    if len(given) == 2:
+        raise OptionError(f"{name}: inputs and input_range say the same thing twice; pass one of them.")
