@@ -152,10 +152,11 @@ class PrunedConv2d(PrunedLayer, CompressedConv2d):
         total = cls.total_sparsity(layer, granularity, sparsity)
         scores = open_scores(cls.__name__, units, source, criterion, fisher, seed)
         size = units.blocks[3:]
+        window: Window | None
         if granularity == "window":
-            window = best_window(scores.reshape(size), total)
-            total = 1 - window[2] * window[3] / math.prod(size)
-            keep = fill_window(window, size, scores.device).reshape(units.grid)
+            best = window = best_window(scores.reshape(size), total)
+            total = 1 - best[2] * best[3] / math.prod(size)
+            keep = fill_window(best, size, scores.device).reshape(units.grid)
         else:
             keep = keep_largest(scores, units.kept(total))
             window = bounding_window(keep.reshape(size)) if unit == "shape" else _window_of(layer)
@@ -182,7 +183,11 @@ class PrunedConv2d(PrunedLayer, CompressedConv2d):
 
     def dense_weight(self) -> Tensor:
         """Return kernel * mask with the window's surroundings, ``(out_channels, in_channels / groups, kh, kw)``."""
-        return embed_window(self.masked_kernel(), self.window, self.kernel_size)
+        return self.embed(self.masked_kernel())
+
+    def embed(self, kernel: Tensor) -> Tensor:
+        """Return values of the stored kernel's entries in the dense weight's shape; zeros outside the window."""
+        return embed_window(kernel, self.window, self.kernel_size)
 
 
 def _window_of(layer: nn.Module) -> Window | None:
