@@ -28,6 +28,7 @@ _SPANNED: dict[str, tuple[int, ...]] = {
     "shape": (0, 1, 2),
 }
 _FOR_MATRICES = ("element", "channel", "filter")
+_FOR_KERNELS = ("row", "column", "kernel", "group", "shape", "window")
 WINDOWED = ("element", "shape")
 """Granularities whose units can be counted inside a window of the kernel."""
 
@@ -58,14 +59,14 @@ class Units:
             OptionError: There is no such granularity.
             UnsupportedLayerError: A linear layer has no such units.
         """
-        if granularity not in _SPANNED:
-            allowed = ", ".join(repr(g) for g in get_args(Granularity))
-            raise OptionError(f"{name}: granularity must be one of {allowed}, got {granularity!r}.")
-        if len(weight_shape) == 2 and granularity not in _FOR_MATRICES:
+        if len(weight_shape) == 2 and granularity in _FOR_KERNELS:
             raise UnsupportedLayerError(
                 f"{name}: a linear layer has no units of granularity {granularity!r}; choose one of "
                 f"{', '.join(map(repr, _FOR_MATRICES))}, or leave linear layers out (but_not=...)."
             )
+        if granularity not in _SPANNED:
+            allowed = ", ".join(repr(g) for g in get_args(Granularity))
+            raise OptionError(f"{name}: granularity must be one of {allowed}, got {granularity!r}.")
         out, inn, *taps = weight_shape
         height, width = taps or (1, 1)
         return cls(granularity, (groups, out // groups, inn, height, width))
@@ -97,8 +98,8 @@ class Units:
         return blocks.sum(spanned, keepdim=True) if spanned else blocks
 
     def spread(self, keep: Tensor, weight_shape: tuple[int, ...]) -> Tensor:
-        """Return the mask of the weight's scalars from one entry per unit."""
-        return keep.expand(self.blocks).reshape(weight_shape)
+        """Return the mask of the weight's scalars from one entry per unit; no two of them share memory."""
+        return keep.expand(self.blocks).contiguous().reshape(weight_shape)
 
 
 def check_sparsity(name: str, sparsity: float) -> float:
