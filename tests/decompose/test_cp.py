@@ -105,6 +105,13 @@ def test_more_sweeps_never_raise_the_error(shape):
         assert errors[-1] < errors[0]
 
 
+def test_first_terms_of_a_larger_start_are_the_start():
+    tensor = random_tensor(14, 12, 9)
+    shared = [factor[:, :5] for factor in cp_als(tensor, 20, sweeps=0)]
+    for given_start, own_start in zip(cp_als(tensor, 5, start=shared), cp_als(tensor, 5), strict=True):
+        torch.testing.assert_close(given_start, own_start)
+
+
 def test_low_rank_tensor_with_separate_terms_is_found():
     factors = [torch.linalg.qr(random_tensor(size, 5, seed=size)).Q for size in (15, 12, 9)]
     tensor = rebuild(factors)
