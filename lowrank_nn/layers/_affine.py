@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FAR = 2.0**20
+
 
 class Grid(NamedTuple):
     """The integers from ``low`` to ``high``."""
@@ -107,9 +109,9 @@ def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         grid: Integers to clip to.
     """
     wide = widened(x.dtype)
-    steps = x.to(wide) / scale.to(wide) + zero_point
-    # The first clipping only keeps infinities out of the rounding.
-    return round_through(steps.clamp(grid.low - 0.5, grid.high + 0.5)).clamp(*grid)
+    # The first clipping, far off every grid, only keeps infinities out of the rounding.
+    steps = (x.to(wide) / scale.to(wide)).clamp(-FAR, FAR)
+    return (round_through(steps) + zero_point).clamp(*grid)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:

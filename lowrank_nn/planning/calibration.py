@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from lowrank_nn.errors import CalibrationError, LowRankError, PlanError
 from lowrank_nn.graph import call_model
+from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.preserve import untouched
-from lowrank_nn.graph.sites import describe_paths, tensors
+from lowrank_nn.graph.sites import describe_paths
 from lowrank_nn.layers._observers import Observer, make_observer
 
 
@@ -151,7 +152,7 @@ def _range(observer: Observer, path: str, batches: int) -> tuple[float, float]:
         return observer.range()
     except CalibrationError:
         raise CalibrationError(
-            f"calibration: the layer was never called with a value in {batches} batches, so its range is unknown. Leave "
-            "it as it is (but_not=...), or pass batches that reach it.",
+            f"calibration: the layer was never called with a value in {batches} batches, so its range is unknown. "
+            "Leave it as it is (but_not=...), or pass batches that reach it.",
             path=path,
         ) from None
