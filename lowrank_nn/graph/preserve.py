@@ -18,7 +18,7 @@ MODULE_TABLES = tuple(name for name, value in vars(nn.Module()).items() if isins
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Restore ``model`` and the process on exit, however the block ends.
+    """Run a block without gradients; restore ``model`` and the process on exit, however it ends.
 
     Restored are, for every module: its attributes (train / eval flag, forward, counters), its tables of parameters,
     buffers, children and hooks, the values of its buffers and the requires_grad flags of its parameters; for the
@@ -45,13 +45,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
 def _process_state() -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's forward may draw
-    fast_path, grad_mode = torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()
-    with warnings.catch_warnings(), torch.random.fork_rng(devices):
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with warnings.catch_warnings(), torch.random.fork_rng(devices), torch.no_grad():
         try:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
-            torch.set_grad_enabled(grad_mode)
             np.random.set_state(numpy_state)  # noqa: NPY002
             random.setstate(python_state)
 

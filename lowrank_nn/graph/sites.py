@@ -122,7 +122,7 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
     _refuse_opaque(model)
     sites = find_sites(model)
     log = _CallLog()
-    with untouched(model), torch.no_grad():
+    with untouched(model):
         torch.backends.mha.set_fastpath_enabled(False)  # the fused path of encoder layers bypasses their linears
         for module in model.modules():
             vars(module).update(training=False, _compiled_call_impl=None)

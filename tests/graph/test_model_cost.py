@@ -163,6 +163,20 @@ def test_tensors_tied_between_layers_count_once():
     assert cost.bytes == 4 * cost.params
 
 
+def test_a_layer_inside_a_compressed_layer_that_is_called_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = SVDLinear(6, 5, rank=2)
+
+        def forward(self, x):
+            return self.fc(x), self.fc.reduce(x)
+
+    recording = record(Model(), torch.zeros(3, 6))
+    assert site_cost(recording["fc"]).macs == 3 * 2 * 11
+    assert recording.other_macs == 3 * 2 * 6
+
+
 def test_never_called_compressed_layers_count_their_tensors():
     model = nn.ModuleDict({"used": nn.Linear(6, 5), "unused": SVDLinear(6, 5, rank=2)})
     model.forward = lambda x: model["used"](x)
@@ -204,6 +218,7 @@ def test_products_outside_the_layers():
         (lambda x: torch.einsum("ij,kj->ik", x, x), 36),
         (lambda x: nn.functional.conv1d(x[None], x[None]), 12),
         (lambda x: nn.functional.linear(x[0], x), 12),
+        (torch.inference_mode()(lambda x: x @ x.T), 3 * 3 * 4),
         (lambda x: x + x, 0),
     ],
 )

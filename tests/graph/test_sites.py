@@ -244,9 +244,11 @@ def test_parametrized_layers_and_norms_without_parameters_are_sites():
 
 def test_models_compiled_in_place_are_recorded_uncompiled():
     model = nn.Sequential(nn.Linear(3, 4))
-    model.compile(backend="eager")
+    compilations = []
+    model.compile(backend=lambda graph, inputs: compilations.append(graph) or graph.forward)
     compiled = model._compiled_call_impl
     assert len(record(model, torch.randn(2, 3))["0"].calls) == 1
+    assert not compilations
     assert model._compiled_call_impl is compiled
 
 
