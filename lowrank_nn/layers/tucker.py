@@ -71,20 +71,19 @@ class _TuckerProblem(RankProblem):
         Pairs that save nothing are left out, but for the lossless one at the limits.
         """
         pairs = np.stack(np.meshgrid(*map(_grid, self.limits), indexing="ij"), axis=-1).reshape(-1, 2)
-        # Where one rank reaches the other times the taps, the core is square: better leave that mode whole.
         out, inn = pairs.T
-        whole_out, whole_in = out == self.limits[0], inn == self.limits[1]
-        useful = (whole_out | (out < inn * self.taps)) & (whole_in | (inn < out * self.taps))
         positions = self.typical_positions()
         params, macs = self.params(out, inn), self.macs(positions, out, inn)
         dense_params, dense_macs = self.dense(positions)
-        small = useful & ((params < dense_params) | (macs < dense_macs))
+        small = (params < dense_params) | (macs < dense_macs)
         errors = np.zeros(len(pairs))
         if small.any():
             every = torch.stack([tucker2_errors(kernel) for kernel in self.kernels]).sum(0).cpu().numpy()
             errors = every[out - 1, inn - 1]
         fronts = [_front(costs, errors, small) for costs in (params, macs)]
-        kept = np.unique(np.concatenate([*fronts, np.flatnonzero(whole_out & whole_in)]))
+        # No front holds a pair that the constructor refuses: leaving one of its modes whole is cheaper and better.
+        lossless = np.flatnonzero((out == self.limits[0]) & (inn == self.limits[1]))
+        kept = np.unique(np.concatenate([*fronts, lossless]))
         return RankTable(pairs[kept], errors[kept])
 
 
