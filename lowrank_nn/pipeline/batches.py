@@ -2,39 +2,86 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from lowrank_nn.errors import TrainingError
+from lowrank_nn.graph.inputs import describe, tensors
 
 TARGET_KEYS = ("labels", "label", "targets", "target")
 
 
-def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
-    """Return the inputs and the targets of a batch of training data.
+def split_batch(batch: Any, example_inputs: Any) -> tuple[Any, Tensor | None]:
+    """Return the inputs (as for :func:`lowrank_nn.graph.call_model`) and the targets of a batch of training data.
 
-    A pair is (inputs, targets), as torch's loaders give it; of a dict, the entry ``labels`` or ``targets`` (or
-    their singulars) is the target and the rest are keyword arguments; anything else is inputs without targets.
+    How many arguments the model takes is read off ``example_inputs``. For a model of one argument a batch is
+    ``(inputs, targets)``; for one of n arguments ``(inputs, targets)`` or flat, n inputs and then the targets; in
+    both cases the inputs alone are a batch too. In a dict the first of the entries ``labels``, ``label``, ``targets``
+    and ``target`` is the target (and also stays an input if ``example_inputs`` has it); the others are keyword
+    arguments or, if there is one other and the model is not called by keywords, that argument.
+
+    Raises:
+        TrainingError: The batch has none of these forms, or targets that are no tensor.
     """
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
-        return batch[0], batch[1]
     if isinstance(batch, Mapping):
-        found = [key for key in TARGET_KEYS if key in batch]
-        inputs = {key: value for key, value in batch.items() if key not in found}
-        return inputs, batch[found[0]] if found else None
-    return batch, None
+        return _split_mapping(batch, example_inputs)
+    if not isinstance(batch, (tuple, list)) or (
+        type(batch) not in (tuple, list) and type(batch) is type(example_inputs)
+    ):
+        return batch, None
+    arguments = example_inputs if type(example_inputs) in (tuple, list) else (example_inputs,)
+    count = len(arguments)
+    nested = not isinstance(example_inputs, Mapping) and any(_is_container(argument) for argument in arguments[:1])
+    if len(batch) in (1, 2) and _is_container(batch[0]) and not nested:
+        return batch[0], _target(*batch[1:])
+    if len(batch) in (count, count + 1):
+        return tuple(batch[:count]), _target(*batch[count:])
+    raise TrainingError(
+        f"FineTune: a batch must be inputs for the model, which takes {count} argument{'s' * (count != 1)}, or a pair "
+        f"(inputs, targets); got {describe(batch)}. Pass loss=..., a function of model and batch."
+    )
+
+
+def _split_mapping(batch: Mapping[Any, Any], example_inputs: Any) -> tuple[Any, Tensor | None]:
+    by_keyword = isinstance(example_inputs, Mapping)
+    wanted = set(example_inputs) if by_keyword else set()
+    found = next((key for key in TARGET_KEYS if key in batch), None)
+    inputs = {key: value for key, value in batch.items() if key != found or key in wanted}
+    target = None if found is None else _target(batch[found])
+    if not by_keyword and len(inputs) == 1:
+        return (next(iter(inputs.values())),), target
+    return inputs, target
+
+
+def _target(value: Any = None) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value
+    raise TrainingError(
+        f"FineTune: the targets of a batch must be a tensor, got {describe(value)}. Pass loss=..., a function of model "
+        "and batch."
+    )
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (tuple, list, Mapping))
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Move every tensor in a nest of tuples, lists, dicts and dataclasses to ``device``."""
+    """Move every tensor in a nest of tuples, lists, mappings and dataclasses, and whatever else can, to ``device``."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, PackedSequence):  # a named tuple, one field of which stays on the CPU
+        return value.to(device=device)  # type: ignore[call-arg]
+    if isinstance(value, MutableMapping):
+        moved = copy.copy(value)
+        moved.update({key: to_device(item, device) for key, item in value.items()})
+        return moved
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(to_device(item, device) for item in value))
     if isinstance(value, (tuple, list)):
@@ -42,25 +89,34 @@ def to_device(value: Any, device: torch.device) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: to_device(getattr(value, field.name), device) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
-    return value
+    return value.to(device) if callable(getattr(value, "to", None)) else value
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits in what a classifier returned: itself, ``.logits``, ``["logits"]``, or the first tensor.
+    """Return the logits in what a model returned.
+
+    They are the output itself, ``.logits``, ``["logits"]``, or else the first floating-point tensor that is no scalar.
 
     Raises:
-        TrainingError: There is no tensor to be found.
+        TrainingError: There is no such tensor.
     """
     if isinstance(output, Tensor):
         return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(found, Tensor):
-        return found
-    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    for item in items:
-        if isinstance(item, Tensor):
-            return item
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    for tensor in tensors(output):
+        if tensor.is_floating_point() and tensor.dim() > 0:
+            return tensor
     raise TrainingError(
-        f"FineTune: the model returns {type(output).__name__}, in which no logits are found. Pass loss=..., a function "
-        "of model and batch that returns a scalar."
+        f"FineTune: the model returns {describe(output)}, in which no logits are found. Pass loss=..., a function of "
+        "model and batch that returns a scalar."
     )
+
+
+def loader_generators(loader: Any) -> list[torch.Generator]:
+    """Return the random generators of its own that a ``DataLoader`` or its samplers draw from."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())

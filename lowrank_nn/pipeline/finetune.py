@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lowrank_nn.distill import Guidance, distill_loss
-from lowrank_nn.errors import OptionError
-from lowrank_nn.graph import call_model, release_fast_path
+from lowrank_nn.distill import FeatureLoss, Guidance, distill_loss
+from lowrank_nn.errors import OptionError, PlanError
+from lowrank_nn.graph import call_model
+from lowrank_nn.graph.sites import describe_paths
 from lowrank_nn.layers import QuantConv2d, QuantLinear
 from lowrank_nn.pipeline import distributed
 from lowrank_nn.pipeline.batches import logits_of, split_batch
-from lowrank_nn.pipeline.state import BatchLoss, Decision, State, Step
-from lowrank_nn.pipeline.training import Trainer
+from lowrank_nn.pipeline.state import Decision, State, Step
+from lowrank_nn.pipeline.training import Trainer, modes_kept
+from lowrank_nn.planning import BatchLoss
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
-MakeGuidance = Callable[[nn.Module, nn.Module], Guidance]
+MakeGuidance = Callable[[nn.Module, nn.Module], FeatureLoss]
 
 
 class FineTune(Step):
@@ -32,11 +35,18 @@ class FineTune(Step):
 
     The default loss is Hinton's, alpha T^2 KL(teacher || student) + (1 - alpha) CE(student, targets), without the
     second term where batches carry no targets. A batch is ``(inputs, targets)``, a dict with ``labels`` or
-    ``targets``, or inputs alone; the model is called with the inputs as with ``example_inputs``.
+    ``targets``, inputs and targets in one flat list for a model of several arguments, or inputs alone; the model is
+    called with the inputs as with ``example_inputs``. Batches may lie on another device than the model.
 
-    Masked weights stay zero. Quantized layers train through the rounding (straight-through) and are integers again
-    afterwards. Started by ``torchrun``, every process trains on its share of the batches under
-    ``DistributedDataParallel``; put the model on the process's device before compressing it.
+    All modules are set to train mode; a model that is given in train mode keeps the modes of its modules, so that
+    normalisation that is frozen in eval mode stays frozen. Parameters without ``requires_grad`` are not trained, nor
+    are quantized layers whose weight had none in the given model. Masked weights stay zero. Quantized layers train
+    through the rounding (straight-through) and are integers again afterwards.
+
+    Started by ``torchrun``, every process trains on its share of the batches under ``DistributedDataParallel``, and all
+    end with the same model; put the model on the process's device before compressing it. A loader with a
+    ``DistributedSampler`` deals out its data; of any other loader, n processes take every n-th batch, so that a step
+    learns from n batches. A loss gets the model wrapped, and must call it rather than parts of it.
 
     Args:
         loader: Batches, gone through once per epoch: a ``DataLoader``, a list, anything with a length.
@@ -45,14 +55,20 @@ class FineTune(Step):
         schedule: Function of optimizer and number of steps that makes the learning rate schedule, stepped after every
             batch; left out, 5 % linear warm-up and then half a cosine to zero.
         lr: Learning rate of the default optimizer. A large one first destroys a good start.
-        loss: ``loss(model, batch)``, a scalar, in place of distillation.
+        loss: ``loss(model, batch)``, a scalar, in place of distillation. Any form of batch is possible then.
         temperature: Temperature T of the default loss.
         alpha: Share of the distillation term in the default loss, from 0 to 1.
+        class_dim: Dimension of the classes in the logits, for the default loss; -1 for ``(N, length, C)``.
+        ignore_index: Target that is left out of the default loss.
         guidance: Dotted paths of layers whose features follow the teacher's, with balanced weight; or a function of
             teacher and student that makes a :class:`lowrank_nn.distill.Guidance`. Added to the loss.
-        evaluate: ``evaluate(model)``, a number that is better when larger; called after every epoch in eval mode.
-        restore_best: Whether to end with the state of the best evaluation instead of the last.
-        checkpoint: File to write after every epoch, and to go on from if it is there.
+        evaluate: ``evaluate(model)``, a number that is better when larger; called after every epoch, in eval mode and
+            without gradients, and in every process (the mean over processes counts).
+        restore_best: Whether to end with the state of the best evaluation instead of the last; the state before
+            training is evaluated too.
+        checkpoint: File to write after every epoch, and to go on from if it is there: what an interrupted run continues
+            to is bit for bit what it would have been. Loaders whose persistent workers draw random numbers are an
+            exception. A finished checkpoint is read instead of training again.
 
     Raises:
         OptionError: An argument out of range, or ``restore_best`` without ``evaluate``.
@@ -72,18 +88,23 @@ class FineTune(Step):
         loss: BatchLoss | None = None,
         temperature: float = 4.0,
         alpha: float = 0.9,
+        class_dim: int = 1,
+        ignore_index: int = -100,
         guidance: Sequence[str] | MakeGuidance | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
         restore_best: bool = False,
         checkpoint: str | Path | None = None,
     ) -> None:
-        if epochs < 1:
-            raise OptionError(f"FineTune: epochs must be at least 1, got {epochs!r}.")
-        if not (math.isfinite(lr) and lr > 0):
-            raise OptionError(f"FineTune: lr must be a positive number, got {lr!r}.")
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+            raise OptionError(f"FineTune: epochs must be a whole number from 1, got {epochs!r}.")
+        for name, value in (("lr", lr), ("temperature", temperature)):
+            if not (math.isfinite(value) and value > 0):
+                raise OptionError(f"FineTune: {name} must be a positive number, got {value!r}.")
+        if not 0 <= alpha <= 1:
+            raise OptionError(f"FineTune: alpha must be from 0 (targets alone) to 1 (teacher alone), got {alpha!r}.")
         if restore_best and evaluate is None:
             raise OptionError("FineTune: restore_best needs evaluate=..., a function of the model.")
-        if not hasattr(loader, "__len__") or not hasattr(loader, "__iter__"):
+        if isinstance(loader, Iterator) or not (hasattr(loader, "__len__") and hasattr(loader, "__iter__")):
             raise OptionError(
                 f"FineTune: loader must have a length and be iterable once per epoch, got {type(loader).__name__}. "
                 "Wrap a generator in a list or a DataLoader."
@@ -91,7 +112,9 @@ class FineTune(Step):
         self.loader, self.epochs, self.lr, self.loss = loader, epochs, lr, loss
         self.optimizer = optimizer or self._adamw
         self.schedule = schedule or warm_cosine
-        self.temperature, self.alpha, self.guidance = temperature, alpha, guidance
+        self.temperature, self.alpha = temperature, alpha
+        self.class_dim, self.ignore_index = class_dim, ignore_index
+        self.guidance = [guidance] if isinstance(guidance, str) else guidance
         self.evaluate, self.restore_best = evaluate, restore_best
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
 
@@ -99,57 +122,50 @@ class FineTune(Step):
         return f"FineTune(epochs={self.epochs}, loss={'distillation' if self.loss is None else self.loss!r})"
 
     def decide(self, state: State) -> list[Decision]:
-        """Training changes no structure: no decisions."""
+        """Training changes no structure: no decisions.
+
+        Raises:
+            PlanError: A path in ``guidance`` is not in the model.
+        """
+        if self.guidance is not None and not callable(self.guidance):
+            paths = [name for name, _ in state.dense.named_modules(remove_duplicate=False)]
+            missing = [path for path in self.guidance if path not in paths]
+            if missing:
+                raise PlanError(f"FineTune: no layers {', '.join(missing)} for guidance. {describe_paths(paths)}")
         return []
 
     def execute(self, state: State, decisions: list[Decision]) -> None:
-        """Train the model of ``state`` in place.
+        """Train the model of ``state`` in place; modes and the form of quantized layers are as before afterwards.
 
         Raises:
             TrainingError: The loss is not finite, nothing is trainable, or the checkpoint belongs to another model.
         """
         if state.dry:
             return
-        student = state.model
-        quantized = [m for m in student.modules() if isinstance(m, (QuantConv2d, QuantLinear)) and m.frozen]
-        modes = {module: module.training for module in student.modules()}
-        for layer in quantized:
-            layer.unfreeze()
-        device = next((p.device for p in student.parameters()), torch.device("cpu"))
-        with distributed.process_group(device):
-            self._train(state, student, device)
-        for layer in quantized:
-            layer.freeze()
-        for module, mode in modes.items():
-            module.training = mode
-        release_fast_path(student)
+        device = next((p.device for p in state.model.parameters()), torch.device("cpu"))
+        with distributed.process_group(device), trainable(state.model, state.dense):
+            teacher = teacher_of(state.dense)
+            guidance = self._make_guidance(teacher, state.model)
+            try:
+                Trainer(self, state, guidance, device).run(self._loss(state, teacher, guidance))
+            finally:
+                if guidance is not None:
+                    guidance.remove()
 
-    def _train(self, state: State, student: nn.Module, device: torch.device) -> None:
-        teacher = copy.deepcopy(state.dense).eval().requires_grad_(False)
-        guidance = self._make_guidance(teacher, student)
-        unused = any(not site.calls for site in state.sites())
-        wrapped = distributed.wrap(student.train(), device, partly_used=unused)
-        loss = self._loss(teacher, guidance)
-        try:
-            Trainer(self, student, wrapped, guidance, device, state.seed, state.progress).run(loss)
-        finally:
-            if guidance is not None:
-                guidance.remove()
-
-    def _make_guidance(self, teacher: nn.Module, student: nn.Module) -> Guidance | None:
+    def _make_guidance(self, teacher: nn.Module, student: nn.Module) -> FeatureLoss | None:
         if self.guidance is None:
             return None
         if callable(self.guidance):
             return self.guidance(teacher, student)
         return Guidance(teacher, student, self.guidance, weight="balanced")
 
-    def _loss(self, teacher: nn.Module, guidance: Guidance | None) -> BatchLoss:
+    def _loss(self, state: State, teacher: nn.Module, guidance: FeatureLoss | None) -> BatchLoss:
         """Return the loss of one batch: the task's, and the guidance on top."""
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
-            inputs, targets = split_batch(batch)
-            expected = None
+            inputs, targets, expected = None, None, None
             if self.loss is None or guidance is not None:
+                inputs, targets = split_batch(batch, state.example_inputs)
                 with torch.no_grad():
                     expected = call_model(teacher, inputs)
             if self.loss is not None:
@@ -161,6 +177,8 @@ class FineTune(Step):
                     targets,
                     temperature=self.temperature,
                     alpha=self.alpha,
+                    class_dim=self.class_dim,
+                    ignore_index=self.ignore_index,
                 )
             return task if guidance is None else guidance.total(task)
 
@@ -170,6 +188,42 @@ class FineTune(Step):
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=1e-4)
 
 
+@contextlib.contextmanager
+def trainable(student: nn.Module, dense: nn.Module) -> Iterator[None]:
+    """Make ``student`` ready to train, and as it was (weights aside) on exit, however the block ends.
+
+    Args:
+        student: The compressed model.
+        dense: The model it came from, whose ``requires_grad`` flags say which quantized layers train.
+    """
+    quantized = [
+        layer
+        for path, layer in student.named_modules()
+        if isinstance(layer, (QuantConv2d, QuantLinear)) and layer.frozen and _weight_trains(dense, path)
+    ]
+    with modes_kept(student):
+        try:
+            if not student.training:
+                student.train()
+            for layer in quantized:
+                layer.unfreeze()
+            yield
+        finally:
+            for layer in quantized:
+                layer.freeze()
+            student.zero_grad(set_to_none=True)
+
+
+def teacher_of(dense: nn.Module) -> nn.Module:
+    """Return a copy of ``dense`` in eval mode that shares the values of its parameters, so that it costs no memory.
+
+    Modules, buffers and hooks are the copy's own: whatever a forward or a feature tap changes there, ``dense`` never
+    sees it.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in dense.parameters()}
+    return copy.deepcopy(dense, memo).eval()
+
+
 def warm_cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
     """Return 5 % linear warm-up, then half a cosine down to zero, over ``steps`` steps."""
     warm = max(1, steps // 20)
@@ -177,6 +231,15 @@ def warm_cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
     def factor(step: int) -> float:
         if step < warm:
             return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
 
     return LambdaLR(optimizer, factor)
+
+
+def _weight_trains(dense: nn.Module, path: str) -> bool:
+    """Whether the weight that became the layer at ``path`` (of a factorised layer: a part of it) was to be trained."""
+    modules = dict(dense.named_modules(remove_duplicate=False))
+    while path not in modules:
+        path = path.rpartition(".")[0]
+    flags = [p.requires_grad for p in modules[path].parameters() if p.dim() >= 2]
+    return any(flags) or not flags

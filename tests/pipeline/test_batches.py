@@ -1,0 +1,159 @@
+"""How batches of users are read."""
+
+import collections
+import dataclasses
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lowrank_nn.errors import TrainingError
+from lowrank_nn.graph import call_model
+from lowrank_nn.pipeline.batches import loader_generators, logits_of, split_batch, to_device
+
+X, Z, Y = torch.randn(4, 3), torch.randn(4, 2), torch.arange(4)
+
+
+class Pair(NamedTuple):
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+@dataclasses.dataclass
+class Output:
+    loss: torch.Tensor
+    scores: torch.Tensor
+
+
+class Catch(nn.Module):
+    """Returns what it was called with."""
+
+    def forward(self, *args, **kwargs):
+        return args, kwargs
+
+
+def called_with(batch, example_inputs):
+    inputs, targets = split_batch(batch, example_inputs)
+    return *call_model(Catch(), inputs), targets
+
+
+@pytest.mark.parametrize(
+    ("batch", "example_inputs", "args", "kwargs", "targets"),
+    [
+        ((X, Y), X, (X,), {}, Y),
+        ([X, Y], (X,), (X,), {}, Y),
+        (Pair(X, Y), X, (X,), {}, Y),
+        (Pair(X, Y), Pair(X, Y), (Pair(X, Y),), {}, None),
+        (X, X, (X,), {}, None),
+        ([X], X, (X,), {}, None),
+        ((X, None), X, (X,), {}, None),
+        (((X,), Y), X, (X,), {}, Y),
+        (((X, Z), Y), (X, Z), (X, Z), {}, Y),
+        ([X, Z, Y], (X, Z), (X, Z), {}, Y),
+        ((X, Z), (X, Z), (X, Z), {}, None),
+        (([X, Z], Y), ([X, Z],), ([X, Z],), {}, Y),
+        (([X, Z], Y), ([X, Z], Y), ([X, Z], Y), {}, None),
+        (({"a": X, "b": Z}, Y), {"a": X, "b": Z}, (), {"a": X, "b": Z}, Y),
+        ({"a": X, "b": Z, "labels": Y}, {"a": X, "b": Z}, (), {"a": X, "b": Z}, Y),
+        ({"a": X, "labels": Y}, {"a": X, "labels": Y}, (), {"a": X, "labels": Y}, Y),
+        ({"image": X, "target": Y}, X, (X,), {}, Y),
+        ({"a": X}, {"a": X}, (), {"a": X}, None),
+        ({"a": X, "b": Z, "label": Y}, (X, Z), (), {"a": X, "b": Z}, Y),
+        (({"a": X}, Y), ({"a": X},), ({"a": X},), {}, Y),
+        (Output(X, Z), Output(X, Z), (Output(X, Z),), {}, None),
+        ((Output(X, Z), Y), Output(X, Z), (Output(X, Z),), {}, Y),
+    ],
+)
+def test_inputs_and_targets(batch, example_inputs, args, kwargs, targets):
+    got_args, got_kwargs, got_targets = called_with(batch, example_inputs)
+    assert len(got_args) == len(args)
+    for got, expected in zip(got_args, args, strict=True):
+        if isinstance(expected, (list, tuple)):
+            assert all(a is b for a, b in zip(got, expected, strict=True))
+        elif isinstance(expected, Output):
+            assert got.loss is expected.loss
+        elif isinstance(expected, dict):
+            assert got["a"] is expected["a"]
+        else:
+            assert got is expected
+    assert got_kwargs.keys() == kwargs.keys()
+    assert all(got_kwargs[key] is value for key, value in kwargs.items())
+    assert got_targets is targets
+
+
+@pytest.mark.parametrize("batch", [(X, Z, Y), (X, [Y]), (X, {"boxes": Z}), ([X, Z], [Y, Y]), {"a": X, "labels": [1]}])
+def test_unreadable_batches_are_refused(batch):
+    with pytest.raises(TrainingError, match="loss="):
+        split_batch(batch, X)
+
+
+def test_loaders_of_torch():
+    batch = next(iter(DataLoader(TensorDataset(X, Z, Y), batch_size=4)))
+    args, _, targets = called_with(batch, (X, Z))
+    assert torch.equal(args[0], X)
+    assert torch.equal(args[1], Z)
+    assert torch.equal(targets, Y)
+    args, _, targets = called_with(next(iter(DataLoader(TensorDataset(X), batch_size=4))), X)
+    assert torch.equal(args[0], X)
+    assert targets is None
+
+
+def test_logits():
+    loss = torch.zeros(())
+    named = collections.namedtuple("named", "logits aux")(Z, X)
+    assert logits_of(X) is X
+    assert logits_of(named) is Z
+    assert logits_of({"loss": loss, "logits": Z}) is Z
+    assert logits_of({"out": Z, "aux": X}) is Z
+    assert logits_of((loss, Z, X)) is Z
+    assert logits_of(Output(loss, Z)) is Z
+    assert logits_of([[Y, Z]]) is Z
+    for nothing in (None, {}, {"loss": loss}, (Y,), "text"):
+        with pytest.raises(TrainingError, match="no logits"):
+            logits_of(nothing)
+
+
+def test_to_device_keeps_every_container():
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    batch = {
+        "pair": Pair(X, Y),
+        "list": [X, "text", 3, None],
+        "ordered": collections.OrderedDict(a=X),
+        "user": collections.UserDict(a=X),
+        "data": Output(X, Z),
+        "size": X.shape,
+    }
+    moved = to_device(batch, torch.device("meta"))
+    assert isinstance(moved["pair"], Pair)
+    assert moved["pair"].image.is_meta
+    assert moved["list"][0].is_meta
+    assert moved["list"][1:] == ["text", 3, None]
+    assert type(moved["ordered"]) is collections.OrderedDict
+    assert moved["user"]["a"].is_meta
+    assert moved["data"].scores.is_meta
+    assert moved["size"] == X.shape
+    assert batch["user"]["a"] is X
+    assert batch["ordered"]["a"] is X
+    assert torch.equal(to_device(packed, torch.device("cpu")).data, packed.data)
+
+
+@pytest.mark.cuda
+def test_to_device_cuda():
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    moved = to_device([packed, X], torch.device("cuda"))
+    assert moved[0].data.is_cuda
+    assert not moved[0].batch_sizes.is_cuda
+    assert moved[1].is_cuda
+
+
+def test_generators_of_a_loader():
+    generator = torch.Generator()
+    assert loader_generators([X]) == []
+    assert loader_generators(DataLoader(TensorDataset(X), shuffle=True)) == []
+    assert loader_generators(DataLoader(TensorDataset(X), shuffle=True, generator=generator)) == [generator]
+    sampler = torch.utils.data.BatchSampler(
+        torch.utils.data.RandomSampler(TensorDataset(X), generator=generator), 2, drop_last=False
+    )
+    assert loader_generators(DataLoader(TensorDataset(X), batch_sampler=sampler)) == [generator]
