@@ -96,7 +96,7 @@ def main() -> None:
             lnn.FineTune(loader, epochs=8, lr=1e-3),
             lnn.Quantize("int8"),
         ],
-        budget=lnn.Budget(params=0.5),
+        budget=lnn.Budget(params=0.4),
     )
     small_accuracy = 100 * (predict(result.model, images) == labels).float().mean().item()
     print(result.report)
@@ -108,7 +108,9 @@ def main() -> None:
         elsewhere = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     equal = elsewhere.split() == [str(label) for label in predict(result.model, images).tolist()]
     print(f"\naccuracy {dense_accuracy:.2f} % dense, {small_accuracy:.2f} % compressed")
-    print(f"file {dense_bytes:,} bytes dense, {small_bytes:,} bytes compressed: {dense_bytes / small_bytes:.1f}x smaller")
+    print(
+        f"file {dense_bytes:,} bytes dense, {small_bytes:,} bytes compressed: {dense_bytes / small_bytes:.1f}x smaller"
+    )
     print(f"loaded in a new process: {'equal' if equal else 'DIFFERENT'} predictions on {len(labels)} test images")
     if not equal:
         sys.exit(1)
@@ -116,7 +118,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--load", type=Path, help="load this file and print its predictions (used by the script itself)")
+    parser.add_argument(
+        "--load", type=Path, help="load this file and print its predictions (used by the script itself)"
+    )
     arguments = parser.parse_args()
     if arguments.load:
         load_and_predict(arguments.load)

@@ -1,3 +1,51 @@
-"""Drop-in compressed PyTorch layers, and one call that compresses a trained network with them."""
+"""Drop-in compressed PyTorch layers, and one call that compresses a trained network with them.
+
+Layers by hand: ``TuckerConv2d.from_pretrained_layer(conv, rank=(24, 16))``. A whole network:
+``compress_model(model, example_inputs, budget=Budget(params=0.2))``. See the README for a tour.
+"""
+
+from lowrank_nn.cost import Cost as Cost
+from lowrank_nn.distill import FeatureTap as FeatureTap
+from lowrank_nn.distill import Guidance as Guidance
+from lowrank_nn.distill import distill_loss as distill_loss
+from lowrank_nn.errors import BudgetError as BudgetError
+from lowrank_nn.errors import CalibrationError as CalibrationError
+from lowrank_nn.errors import FileFormatError as FileFormatError
+from lowrank_nn.errors import LowRankError as LowRankError
+from lowrank_nn.errors import OptionError as OptionError
+from lowrank_nn.errors import PlanError as PlanError
+from lowrank_nn.errors import RankError as RankError
+from lowrank_nn.errors import TrainingError as TrainingError
+from lowrank_nn.errors import UnsupportedLayerError as UnsupportedLayerError
+from lowrank_nn.layers import LAYERS as LAYERS
+from lowrank_nn.layers import VBMF as VBMF
+from lowrank_nn.layers import CompressedLayer as CompressedLayer
+from lowrank_nn.layers import CPConv2d as CPConv2d
+from lowrank_nn.layers import Energy as Energy
+from lowrank_nn.layers import LowRankLayer as LowRankLayer
+from lowrank_nn.layers import Params as Params
+from lowrank_nn.layers import PrunedConv2d as PrunedConv2d
+from lowrank_nn.layers import PrunedLinear as PrunedLinear
+from lowrank_nn.layers import QuantConv2d as QuantConv2d
+from lowrank_nn.layers import QuantLinear as QuantLinear
+from lowrank_nn.layers import RankRule as RankRule
+from lowrank_nn.layers import SpeedUp as SpeedUp
+from lowrank_nn.layers import SVDConv2d as SVDConv2d
+from lowrank_nn.layers import SVDLinear as SVDLinear
+from lowrank_nn.layers import TuckerConv2d as TuckerConv2d
+from lowrank_nn.layers import register_layer as register_layer
+from lowrank_nn.pipeline import Apply as Apply
+from lowrank_nn.pipeline import FineTune as FineTune
+from lowrank_nn.pipeline import LowRank as LowRank
+from lowrank_nn.pipeline import Prune as Prune
+from lowrank_nn.pipeline import Quantize as Quantize
+from lowrank_nn.pipeline import Result as Result
+from lowrank_nn.pipeline import Step as Step
+from lowrank_nn.pipeline import compress_model as compress_model
+from lowrank_nn.pipeline import plan as plan
+from lowrank_nn.planning import Budget as Budget
+from lowrank_nn.report import Report as Report
+from lowrank_nn.storage import load as load
+from lowrank_nn.storage import save as save
 
 __version__ = "0.1.0"

@@ -61,10 +61,12 @@ class CompressedLayer(nn.Module, abc.ABC):
     Attributes:
         replaces: The dense class this layer stands in for.
         stacks_on: Compressed classes that may be its source too, and whose effect (zeros, grid) it keeps.
+        main_options: The constructor arguments that a report shows.
     """
 
     replaces: ClassVar[type[nn.Module]]
     stacks_on: ClassVar[tuple[type[CompressedLayer], ...]] = ()
+    main_options: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abc.abstractmethod

@@ -23,6 +23,7 @@ class LowRankLayer(CompressedLayer):
     """
 
     rank: Rank
+    main_options: ClassVar[tuple[str, ...]] = ("rank",)
     formats: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
     @classmethod

@@ -32,6 +32,8 @@ class PrunedLayer(CompressedLayer):
         window: Place of the kernel in the dense weight, or None where it is all of it.
     """
 
+    main_options = ("sparsity", "granularity")
+
     kernel: nn.Parameter
     mask: Tensor
     bias: nn.Parameter | None

@@ -63,6 +63,8 @@ class QuantLayer(CompressedLayer):
         input_zero_point: Zero point of the input, 0-dimensional; None without ``activation_bits``.
     """
 
+    main_options = ("bits", "activation_bits")
+
     latent: nn.Parameter | None
     weight_int: Tensor | None
     weight_scale: Tensor | None

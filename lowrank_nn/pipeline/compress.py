@@ -93,8 +93,8 @@ def compress_model(
     Args:
         model: The trained model: any ``nn.Module`` that runs.
         example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keywords.
-        recipe: Steps in order (``LowRank``, ``Apply``, ``Prune``, ``Quantize``, ``FineTune``), or the name of a published
-            recipe (``"one-shot"``); ``[LowRank()]`` if left out.
+        recipe: Steps in order (``LowRank``, ``Apply``, ``Prune``, ``Quantize``, ``FineTune``), or the name of a
+            published recipe (``"one-shot"``); ``[LowRank()]`` if left out.
         budget: What may remain at the end of the recipe, as shares of the dense model.
         calibration: Batches of inputs for steps that measure activations; labels in them are ignored.
         seed: Seed of everything random. The same inputs and seed give the same bits on the same machine.

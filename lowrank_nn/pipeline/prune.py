@@ -11,7 +11,8 @@ from lowrank_nn.errors import OptionError, PlanError
 from lowrank_nn.layers import CompressedLayer, PrunedConv2d, PrunedLinear
 from lowrank_nn.pipeline.apply import class_for, decide_layer
 from lowrank_nn.pipeline.select import Patterns, select
-from lowrank_nn.pipeline.state import BatchLoss, Decision, State, Step
+from lowrank_nn.pipeline.state import Decision, State, Step
+from lowrank_nn.planning import BatchLoss
 from lowrank_nn.planning.fisher import diagonal_fisher
 
 _CLASSES: tuple[type[CompressedLayer], ...] = (PrunedConv2d, PrunedLinear)

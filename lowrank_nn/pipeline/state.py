@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from lowrank_nn.cost import Cost
@@ -18,9 +18,6 @@ from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.planning import Budget
 
 Item = TypeVar("Item")
-
-BatchLoss = Callable[[nn.Module, Any], Tensor]
-"""A loss as users give it: model and batch in, a scalar tensor out."""
 
 
 @dataclasses.dataclass(frozen=True)
