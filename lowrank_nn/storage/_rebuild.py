@@ -128,8 +128,8 @@ def _fill_unsaved_buffers(layer: CompressedLayer, entry: LayerEntry) -> None:
     ]
     if not unsaved:
         return
-    with torch.random.fork_rng():
-        twin = type(layer)(**entry.config)
+    with torch.random.fork_rng(devices=[]):
+        twin = type(layer)(**entry.config, device="cpu")
     for path, name in unsaved:
         value, target = twin.get_submodule(path)._buffers[name], layer.get_submodule(path)._buffers[name]
         if value is not None and target is not None:

@@ -47,7 +47,7 @@ class MaskedLinear(CompressedLinear):
     def __init__(self, in_features, out_features, bias=True, *, scale=1.0, device=None, dtype=None):
         super().__init__(in_features, out_features)
         self.scale = scale
-        self.kernel = nn.Parameter(torch.ones(out_features, in_features, device=device, dtype=dtype))
+        self.kernel = nn.Parameter(torch.randn(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_buffer("mask", torch.ones(out_features, in_features, dtype=torch.bool, device=device))
         self.register_buffer("levels", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))

@@ -1,5 +1,6 @@
 import copy
 import json
+import random
 import re
 import struct
 
@@ -80,10 +81,10 @@ def test_truncated_anywhere(good, scratch):
     refusal(scratch, good + b"\0", SmallNet())
 
 
-@given(data=st.data())
-def test_flipped_bits(good, scratch, net, data):
+@given(seed=st.integers(0, 2**32), flips=st.integers(1, 4))
+def test_flipped_bits(good, scratch, net, seed, flips):
     broken = bytearray(good)
-    for position in data.draw(st.lists(st.integers(0, len(good) * 8 - 1), min_size=1, max_size=4, unique=True)):
+    for position in random.Random(seed).sample(range(len(good) * 8), flips):  # anywhere, not mostly in front
         broken[position // 8] ^= 1 << position % 8
     scratch.write_bytes(broken)
     fresh = SmallNet()
