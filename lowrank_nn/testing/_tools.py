@@ -59,16 +59,26 @@ def compress(cls: type[CompressedLayer], layer: nn.Module, options: dict[str, An
 
 
 def built(cls: type[CompressedLayer], case: Case) -> CompressedLayer:
-    """Return the layer at its usual options, made from the case's dense layer; a copy, free to be changed."""
+    """Return the layer made from the case's dense layer; a copy, free to be changed."""
     return copy.deepcopy(built_with_source(cls, case)[0])
 
 
 # Decompositions are the slow part of the checks, and deterministic: one for all of them.
 @functools.lru_cache(maxsize=1024)
 def built_with_source(cls: type[CompressedLayer], case: Case) -> tuple[CompressedLayer, nn.Module]:
-    """Return the layer at its usual options and the dense layer it was made from; neither may be changed."""
+    """Return the layer and the dense layer it was made from; neither may be changed."""
     layer = case.layer()
-    return compress(cls, layer, cls.usual_options(layer)), layer
+    return compress(cls, layer, options_for(cls, case, layer)), layer
+
+
+def options_for(cls: type[CompressedLayer], case: Case, layer: nn.Module) -> dict[str, Any]:
+    """Return the usual options on ``layer``, with what the case sets in place."""
+    return cls.usual_options(layer) | dict(case.options)
+
+
+def storages(layer: nn.Module) -> set[int]:
+    """Return the addresses of the memory that the layer's tensors lie in."""
+    return {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers()) if t.numel()}
 
 
 def dense_output(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Case:
         training: Whether the layer is in training mode.
         frozen: Names of the parameters that do not train.
         channels_last: Whether weight and input are stored channels last.
+        options: Options of the compressed class, in place of its usual ones.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Case:
     training: bool = True
     frozen: tuple[str, ...] = ()
     channels_last: bool = False
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def layer(self) -> nn.Module:
         """Return the dense layer, the same weights every time; the global random state is not touched."""

@@ -16,19 +16,25 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 from lowrank_nn.errors import UnsupportedLayerError
 from lowrank_nn.layers import CompressedLayer
-from lowrank_nn.testing._tools import bias_of, built, built_with_source, compress, expect, expect_same_state, seeded
+from lowrank_nn.testing._tools import (
+    bias_of,
+    built,
+    built_with_source,
+    compress,
+    expect,
+    expect_same_state,
+    options_for,
+    seeded,
+    storages,
+)
 from lowrank_nn.testing.cases import Case
-
-
-def _storages(layer: nn.Module) -> set[int]:
-    return {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers()) if t.numel()}
 
 
 def check_source_untouched(cls: type[CompressedLayer], case: Case) -> None:
     """The dense layer keeps its values, flags and attributes, and shares no memory with the new layer."""
     layer, dense = built_with_source(cls, case)
     reference = case.layer()
-    expect(not _storages(dense) & _storages(layer), "memory is shared with the source")
+    expect(not storages(dense) & storages(layer), "memory is shared with the source")
     expect_same_state(dense, reference, "the source after compressing it")
     expect(set(vars(dense)) == set(vars(reference)), "attributes were added to the source")
     expect(repr(dense) == repr(reference), f"the source became {dense!r}")
@@ -94,7 +100,7 @@ def check_deterministic(cls: type[CompressedLayer], case: Case) -> None:
     """Two builds, and two calls, are equal bit for bit; no random number is drawn, no global state touched."""
     layer, dense, x = built(cls, case), case.layer(), case.input()
     with seeded(1), _globals_watched():
-        again = compress(cls, dense, cls.usual_options(dense))
+        again = compress(cls, dense, options_for(cls, case, dense))
         expect_same_state(again, layer, "second build")
         expected = layer(x)
     with seeded(2), _globals_watched():
@@ -105,7 +111,7 @@ def check_deterministic(cls: type[CompressedLayer], case: Case) -> None:
 def check_meta(cls: type[CompressedLayer], case: Case) -> None:
     """On the meta device the same code gives the same configuration, cost, state shapes and output shape."""
     layer, dense = built(cls, case), case.layer().to("meta")
-    shadow = compress(cls, dense, cls.usual_options(dense))
+    shadow = compress(cls, dense, options_for(cls, case, dense))
     devices = {t.device.type for t in (*shadow.parameters(), *shadow.buffers())}
     expect(devices == {"meta"}, f"tensors are on {sorted(devices)}, expected meta")
     expect(shadow.config() == layer.config(), f"config is {shadow.config()}, expected {layer.config()}")
@@ -172,7 +178,7 @@ ALTERATIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 def check_refuses_altered_layers(cls: type[CompressedLayer], case: Case) -> None:
     """Layers that cannot be carried over whole are refused, by ``UnsupportedLayerError`` naming the class first."""
-    options = cls.usual_options(case.layer())
+    options = options_for(cls, case, case.layer())
     sources = {what: alter(case.layer()) for what, alter in ALTERATIONS.items()}
     if not issubclass(cls, cls.stacks_on):
         sources["a layer compressed already"] = built(cls, case)
