@@ -177,9 +177,11 @@ def keep_largest(scores: Tensor, kept: int) -> Tensor:
     # The quick selection is not deterministic on CUDA, where sorting is quick.
     nth = flat.numel() - kept
     threshold = flat.sort().values[nth] if flat.is_cuda else flat.kthvalue(nth + 1).values
-    above, ties = flat > threshold, flat == threshold
-    room = kept - above.sum()
-    return (above | (ties & (ties.cumsum(0) <= room))).reshape(scores.shape)
+    mask = flat >= threshold
+    excess = 0 if mask.is_meta else int(mask.sum()) - kept
+    if excess:
+        mask[(flat == threshold).nonzero().flatten()[-excess:]] = False
+    return mask.reshape(scores.shape)
 
 
 def bounding_window(positions: Tensor) -> Window | None:
