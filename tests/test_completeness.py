@@ -12,7 +12,8 @@ from lowrank_nn.errors import LowRankError
 from lowrank_nn.layers import LAYERS
 from lowrank_nn.testing import layer_checks
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 MODULES = [
     importlib.import_module(info.name) for info in pkgutil.walk_packages(lowrank_nn.__path__, f"{lowrank_nn.__name__}.")
 ]
@@ -59,8 +60,8 @@ def test_every_layer_is_exported_and_documented(name):
     cls = LAYERS[name]
     assert cls.__name__ == name
     assert getattr(lowrank_nn, name, None) is cls, "lowrank_nn/__init__.py does not export it"
-    rows = [line for page in DOCS.rglob("*.md") for line in page.read_text().splitlines() if line.startswith("|")]
-    assert any(f"`{name}`" in row for row in rows), "no table in docs/ has a row for it"
+    rows = [line for page in PAGES for line in page.read_text().splitlines() if line.startswith("|")]
+    assert any(f"`{name}`" in row for row in rows), "no table in README.md or docs/ has a row for it"
 
 
 @pytest.mark.parametrize("name", list(LAYERS))
