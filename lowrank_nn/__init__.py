@@ -41,6 +41,7 @@ from lowrank_nn.pipeline import Prune as Prune
 from lowrank_nn.pipeline import Quantize as Quantize
 from lowrank_nn.pipeline import Result as Result
 from lowrank_nn.pipeline import Step as Step
+from lowrank_nn.pipeline import compare as compare
 from lowrank_nn.pipeline import compress_model as compress_model
 from lowrank_nn.pipeline import plan as plan
 from lowrank_nn.planning import Budget as Budget

@@ -129,6 +129,24 @@ def compress_model(
     return Result(state.model, report, _plan_report(start, planned))
 
 
+def compare(dense: nn.Module, small: nn.Module, example_inputs: Any, *, measure_speed: bool = False) -> Report:
+    """Return the report on any two models of one architecture, such as one compressed in several calls.
+
+    Args:
+        dense: The model before compression.
+        small: The model after it, with a layer at every path where ``dense`` has one.
+        example_inputs: What both are called with.
+        measure_speed: Whether to time both models.
+
+    Raises:
+        PlanError: A model fails on these inputs, or ``small`` has no layer where ``dense`` has one.
+    """
+    report = make_report(
+        "result", (dense, record(dense, example_inputs)), (small, record(small, example_inputs)), left={}
+    )
+    return dataclasses.replace(report, latency=_latency(dense, small, example_inputs)) if measure_speed else report
+
+
 def _plan_report(start: State, planned: DryRun) -> Report:
     after = planned.state
     return make_report(

@@ -22,9 +22,10 @@ class LowRank(Step):
     """Replace layers by low-rank formats.
 
     Without ``rank``, the format (Tucker, SVD, CP: every registered one) and the rank of each layer are chosen
-    together for the whole network: the sum over layers of ||W - W'||^2 / ||W||^2 is made small under the budget, by
-    a Lagrangian multiple-choice knapsack over all candidates, the dense layer included. With a rank rule, each layer is
-    treated by itself: Tucker-2 for k x k convolutions, the SVD for 1 x 1 convolutions and linear layers.
+    together for the whole network: the product over layers of the share of energy kept, 1 - ||W - W'||^2 / ||W||^2,
+    is made large under the budget, by a Lagrangian multiple-choice knapsack over all candidates, the dense layer
+    included. With a rank rule, each layer is treated by itself: Tucker-2 for k x k convolutions, the SVD for 1 x 1
+    convolutions and linear layers.
 
     Args:
         where: Shell patterns on dotted paths of the layers wanted.
@@ -38,7 +39,9 @@ class LowRank(Step):
 
     References:
         Kim et al. 2016, "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile
-        Applications" (rank rule); Everett 1963, "Generalized Lagrange Multiplier Method" (allocation).
+        Applications" (rank rule). Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for
+        Classification and Detection" (product of energies). Everett 1963, "Generalized Lagrange Multiplier
+        Method" (allocation).
     """
 
     def __init__(

@@ -17,6 +17,8 @@ from lowrank_nn.layers._ranks import Positions
 from lowrank_nn.planning.allocation import Choices, Floats
 from lowrank_nn.planning.budget import Budget
 
+_LEAST_KEPT = 1e-6  # a weight that keeps less of its energy than this counts as lost
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -50,8 +52,14 @@ class SiteCandidates:
     note: str = ""
 
     def choices(self, budget: Budget) -> Choices:
-        """Return errors and costs as the allocation takes them."""
-        errors: Floats = np.array([candidate.error for candidate in self.candidates])
+        """Return errors and costs as the allocation takes them.
+
+        The error of a candidate that keeps a share 1 - e of the weight's energy is -log(1 - e): their sum is small
+        where the product of the shares over all layers is large (Zhang et al. 2016), so that no layer is given up for
+        the others.
+        """
+        kept: Floats = 1 - np.array([candidate.error for candidate in self.candidates])
+        errors = -np.log(np.clip(kept, _LEAST_KEPT, 1.0))
         return Choices(errors, np.stack([budget.spent(candidate.cost) for candidate in self.candidates]))
 
 
