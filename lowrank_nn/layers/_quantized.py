@@ -37,6 +37,7 @@ from lowrank_nn.layers._window import Window, crop_window
 
 Scheme = Literal["symmetric", "affine"]
 
+BUFFERS = ("weight_int", "weight_scale", "weight_zero_point", "mask", "input_scale", "input_zero_point")
 UNCALIBRATED = (-4.0, 4.0)  # four standard deviations of a normalised input
 
 
@@ -99,20 +100,34 @@ class QuantLayer(CompressedLayer):
             )
         self.scheme, self.frozen, self.nonzeros = scheme, False, nonzeros
         kernel = torch.zeros(shape, device=device, dtype=dtype)
-        # All names are registered in either state, so that the order of state dict and parameters is the same.
+        # Both names are registered in either state, so that the order of the parameters is the same.
         self.latent = nn.Parameter(kernel)
         self.register_parameter("bias", nn.Parameter(kernel.new_zeros(shape[0])) if bias else None)
-        for name in ("weight_int", "weight_scale", "weight_zero_point", "mask", "input_scale", "input_zero_point"):
-            self.register_buffer(name, None)
+        for name in BUFFERS:
+            setattr(self, name, None)
         if nonzeros is not None:
-            self.mask = keep_largest(torch.rand(shape, device=kernel.device), nonzeros)
+            self._set_buffers(mask=keep_largest(torch.rand(shape, device=kernel.device), nonzeros))
         if self.activation_bits is not None:
-            self.input_scale = kernel.new_ones(())
-            self.input_zero_point = torch.zeros((), dtype=torch.int32, device=kernel.device)
+            zero_point = torch.zeros((), dtype=torch.int32, device=kernel.device)
+            self._set_buffers(input_scale=kernel.new_ones(()), input_zero_point=zero_point)
             self.set_input_range(*UNCALIBRATED)
         if frozen:
             self.freeze()
         self.reset_parameters()
+
+    def _set_buffers(self, **changes: Tensor | None) -> None:
+        """Change buffers, and keep their order. Those that are None are plain attributes.
+
+        torch.export (2.13) gives tensors to the wrong names where a registered buffer is None.
+        """
+        tensors = {name: getattr(self, name) for name in BUFFERS} | changes
+        for name in BUFFERS:
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            if tensor is None:
+                setattr(self, name, None)
+            else:
+                self.register_buffer(name, tensor)
 
     def _check_bits(self, name: str, value: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
@@ -201,8 +216,8 @@ class QuantLayer(CompressedLayer):
         if not self.frozen:
             assert self.latent is not None
             codes, scale, zero_point = self._rounded(self.latent)
-            self.weight_int, self.weight_scale = codes, scale
-            self.weight_zero_point = zero_point if self.scheme == "affine" else None
+            kept = zero_point if self.scheme == "affine" else None
+            self._set_buffers(weight_int=codes, weight_scale=scale, weight_zero_point=kept)
             self.latent, self.frozen = None, True
         return self
 
@@ -214,7 +229,7 @@ class QuantLayer(CompressedLayer):
         """
         if self.frozen:
             self.latent = nn.Parameter(self.stored_weight())
-            self.weight_int = self.weight_scale = self.weight_zero_point = None
+            self._set_buffers(weight_int=None, weight_scale=None, weight_zero_point=None)
             self.frozen = False
         return self
 
