@@ -277,9 +277,9 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
             stage.weight.normal_(0, std)
         draw_bias_(self.expand.bias, self.fan_in)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the convolutions: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        y = x
+        y = input
         for stage in self._stages():
             y = stage(y)
         return y

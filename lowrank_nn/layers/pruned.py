@@ -166,10 +166,10 @@ class PrunedConv2d(PrunedLayer, CompressedConv2d):
         new.store_(crop_window(source.weight, window), crop_window(mask, window))
         return source.finish(new)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Convolve: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
         return windowed_conv2d(
-            x,
+            input,
             self.masked_kernel(),
             self.bias,
             window=self.window,
@@ -278,9 +278,9 @@ class PrunedLinear(PrunedLayer, CompressedLinear):
         new.store_(source.weight, units.spread(keep, tuple(source.weight.shape)))
         return source.finish(new)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the masked weight: ``(*, in_features)`` to ``(*, out_features)``."""
-        return F.linear(x, self.masked_kernel(), self.bias)
+        return F.linear(input, self.masked_kernel(), self.bias)
 
     def dense_weight(self) -> Tensor:
         """Return kernel * mask, ``(out_features, in_features)``."""

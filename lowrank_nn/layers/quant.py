@@ -92,10 +92,10 @@ class QuantConv2d(CompressedConv2d, QuantLayer):
         shape = (*self.weight_shape[:2], *size)
         self._set_up(shape, bias, bits, scheme, activation_bits, frozen, nonzeros, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Convolve with the rounded weight: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
         return windowed_conv2d(
-            self._quantized_input(x),
+            self._quantized_input(input),
             self.stored_weight(),
             self.bias,
             window=self.window,
@@ -179,9 +179,9 @@ class QuantLinear(CompressedLinear, QuantLayer):
         super().__init__(in_features, out_features)
         self._set_up(self.weight_shape, bias, bits, scheme, activation_bits, frozen, nonzeros, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the rounded weight: ``(*, in_features)`` to ``(*, out_features)``."""
-        return F.linear(self._quantized_input(x), self.stored_weight(), self.bias)
+        return F.linear(self._quantized_input(input), self.stored_weight(), self.bias)
 
     def dense_weight(self) -> Tensor:
         """Return s (q - z), shape ``(out_features, in_features)``."""

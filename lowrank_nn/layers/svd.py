@@ -143,9 +143,9 @@ class SVDLinear(LowRankLayer, CompressedLinear):
         self.expand.weight.normal_(0, std)
         draw_bias_(self.expand.bias, self.fan_in)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply both factors: ``(*, in_features)`` to ``(*, out_features)``."""
-        y: Tensor = self.expand(self.reduce(x))
+        y: Tensor = self.expand(self.reduce(input))
         return y
 
     def dense_weight(self) -> Tensor:
@@ -319,9 +319,9 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
         self.expand.weight.normal_(0, std)
         draw_bias_(self.expand.bias, self.fan_in)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply both convolutions: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        y: Tensor = self.expand(self.reduce(x))
+        y: Tensor = self.expand(self.reduce(input))
         return y
 
     def dense_weight(self) -> Tensor:
