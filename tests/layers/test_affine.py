@@ -48,7 +48,7 @@ def test_symmetric_quantization_is_the_formula_and_errs_by_at_most_half_a_step(b
     assert bool((error <= scale[:, None] / 2 * (1 + 1e-9)).all())
 
 
-@given(BITS, st.integers(0, 999), st.floats(-3, 3), st.floats(-18, 18))
+@given(BITS, st.integers(0, 999), st.floats(-9, 9), st.floats(-18, 18))
 def test_affine_quantization_errs_by_at_most_half_a_step(bits, seed, shift, exponent):
     x = (values(seed, 40) + shift) * 10.0**exponent
     grid = unsigned_grid(bits)

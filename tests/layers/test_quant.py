@@ -196,6 +196,7 @@ def test_the_input_range_always_includes_zero():
     assert float(layer.input_scale) == pytest.approx(5 / 255)
     assert int(layer.input_zero_point) == 0
     layer.set_input_range(-5, -3)
+    assert float(layer.input_scale) == pytest.approx(5 / 255)
     assert int(layer.input_zero_point) == 255
 
 
