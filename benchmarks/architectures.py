@@ -2,8 +2,8 @@
 
 python benchmarks/architectures.py
 
-Each network is compressed in a process of its own. The weights are random: in every layer a quarter of the possible rank
-stands out of noise, so that VBMF finds ranks to work with. Prints a Markdown table.
+Each network is compressed in a process of its own. The weights are random: in every layer a quarter of the possible
+rank stands out of noise, so that VBMF finds ranks to work with. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def measure(name: str) -> dict[str, float]:
     """Compress one network in this process and return what it took."""
     make, size = NETWORKS[name]
     torch.manual_seed(0)
-    before = resident_bytes()
     model = make().eval()
     draw_weights(model)
     inputs = torch.randn(1, 3, size, size)
     with torch.no_grad():
         model(inputs)  # torch's own buffers are not the library's
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    before = resident_bytes() - weights
     start = time.perf_counter()
     with MemoryPeak() as memory:
         result = lnn.compress_model(model, inputs, "one-shot", progress=False)

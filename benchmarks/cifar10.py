@@ -122,8 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
     loader = Augmented(train_images[: arguments.images], train_labels[: arguments.images], 128)
     print(
         f"{arguments.weights.stem}, {len(labels)} test images, seed {arguments.seed}. Fine-tune: {arguments.epochs} "
-        f"epochs of {128 * len(loader)} augmented training images, distillation, AdamW, lr {arguments.lr}. int8: weights and "
-        f"activations, 512 training images. torch {torch.__version__}, {torch.get_num_threads()} threads; ms: median "
+        f"epochs of {128 * len(loader)} augmented training images, distillation, AdamW, lr {arguments.lr}. int8: weights "
+        f"and activations, 512 training images. torch {torch.__version__}, {torch.get_num_threads()} threads; ms: median "
         "of 25, in turn with the dense network (speed-up in brackets).\n"
     )
 
@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
         small = compress(dense, recipe, budget)
         before = accuracy(small.model, images, labels)
         tuned = compress(small.model, [tune])
-        tuned = dataclasses.replace(small, model=tuned.model)  # the report of the structure, against the dense network
+        tuned = dataclasses.replace(small, model=tuned.model)  # keep the report that compares with the dense network
         table.add(name, tuned, before, accuracy(tuned.model, images, labels))
         quantized = compress(tuned.model, int8)
         final = lnn.compare(dense, quantized.model, images[:1])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _ROW_BLOCK = 128
-_CHUNK_ELEMENTS = 2**24
+_CHUNK_ELEMENTS = 2**22
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:

@@ -87,7 +87,8 @@ def evbmf(values: Float64Array, long_side: int) -> EVBMF:
 def _without_dead_rows(matrix: Tensor) -> Tensor:
     """Return the matrix without the rows whose norm is under 2 % of the median norm."""
     norms = torch.linalg.vector_norm(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), dim=1)
-    return matrix[norms > _DEAD_SHARE * norms.median()] if len(norms) else matrix
+    alive = norms > _DEAD_SHARE * norms.median()
+    return matrix if bool(alive.all()) else matrix[alive]
 
 
 def _threshold_root(alpha: float) -> float:

@@ -149,7 +149,7 @@ def _refuse_bad_values(weight: Tensor, cls: type[CompressedLayer]) -> None:
         raise UnsupportedLayerError(f"{cls.__name__}: expected a real floating-point weight, got {weight.dtype}.")
     if weight.numel() == 0:
         raise UnsupportedLayerError(f"{cls.__name__}: the weight is empty, shape {tuple(weight.shape)}.")
-    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+    if not weight.is_meta and not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
         raise UnsupportedLayerError(
             f"{cls.__name__}: the weight holds NaN or infinite values. Look for the diverged training or the damaged "
             "checkpoint that they come from."

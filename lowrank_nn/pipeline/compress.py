@@ -9,15 +9,18 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank_nn.cost import compare_speed
 from lowrank_nn.errors import LowRankError, PlanError
 from lowrank_nn.graph import Recording, call_model, record
+from lowrank_nn.graph.inputs import tensors
+from lowrank_nn.pipeline.apply import Apply
 from lowrank_nn.pipeline.dryrun import DryRun, dry_run
+from lowrank_nn.pipeline.lowrank import LowRank
 from lowrank_nn.pipeline.random_state import preserved_random_state
 from lowrank_nn.pipeline.recipes import Recipe, read_recipe
-from lowrank_nn.pipeline.state import State
+from lowrank_nn.pipeline.state import State, Step
 from lowrank_nn.planning import Budget
 from lowrank_nn.report import Latency, Report, make_report
 
@@ -117,11 +120,11 @@ def compress_model(
         dense = record(model, example_inputs)
         start = State(model, model, dense, example_inputs, calibration, budget, seed=seed, progress=progress)
         planned = dry_run(start, steps)
-        state = dataclasses.replace(start, model=_working_copy(model))
+        state = dataclasses.replace(start, model=_working_copy(model, _replaced_at_once(steps, planned)))
         for index, (step, decisions) in enumerate(zip(steps, planned.decisions, strict=True), 1):
             logger.info("step %d of %d: %r", index, len(steps), step)
             step.execute(state, decisions)
-        small = record(state.model, example_inputs)
+        small = _record_result(state.model, example_inputs)
         _refuse_broken(dense, small)
         report = make_report("result", (model, dense), (state.model, small), left=planned.left(dense))
         if measure_speed:
@@ -158,13 +161,32 @@ def _plan_report(start: State, planned: DryRun) -> Report:
     )
 
 
-def _working_copy(model: nn.Module) -> nn.Module:
+def _replaced_at_once(steps: list[Step], planned: DryRun) -> set[str]:
+    """Return the paths that the first step replaces, if all that it does with the old layers is to read them."""
+    if not isinstance(steps[0], (Apply, LowRank)):
+        return set()
+    return {decision.path for decision in planned.decisions[0] if decision.layer_class is not None}
+
+
+def _working_copy(model: nn.Module, replaced: set[str]) -> nn.Module:
+    """Return a deep copy; layers about to be replaced share their parameters, which saves up to the model's memory."""
+    memo: dict[int, Any] = {id(p): p for path in replaced for p in model.get_submodule(path).parameters()}
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise PlanError(
             f"compress_model works on a copy, and copy.deepcopy({type(model).__name__}) fails: {error}. Make the model "
             "copyable (no tensors with a graph, open files or locks among its attributes)."
+        ) from error
+
+
+def _record_result(model: nn.Module, example_inputs: Any) -> Recording:
+    try:
+        return record(model, example_inputs)
+    except PlanError as error:
+        raise PlanError(
+            f"compress_model: the compressed model does not run where the dense one does. {error} If the model reads "
+            "attributes of a layer that its replacement lacks, leave that layer dense (but_not=...)."
         ) from error
 
 
@@ -178,15 +200,7 @@ def _refuse_broken(dense: Recording, small: Recording) -> None:
 
 def _finite(output: Any) -> bool:
     """Whether all floating tensors in a nest of containers are finite."""
-    if isinstance(output, Tensor):
-        return bool(torch.isfinite(output).all()) if output.is_floating_point() else True
-    if isinstance(output, dict):
-        return all(_finite(value) for value in output.values())
-    if isinstance(output, (list, tuple)):
-        return all(_finite(value) for value in output)
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return all(_finite(getattr(output, field.name)) for field in dataclasses.fields(output))
-    return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors(output) if tensor.is_floating_point())
 
 
 def _latency(dense: nn.Module, small: nn.Module, example_inputs: Any) -> Latency:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lowrank_nn.cost import Cost
 from lowrank_nn.errors import LowRankError
@@ -72,10 +73,10 @@ def low_rank_candidates(site: Site, layer: nn.Module, classes: Sequence[type[Low
         classes: Formats to consider; those that do not replace this kind of layer are skipped.
     """
     weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, Tensor)
     positions = site_positions(site)
     itemsize = weight.element_size()
-    norm = max(float(weight.detach().double().square().sum()), 1e-300)
+    norm = max(float(torch.linalg.vector_norm(weight.detach().float())) ** 2, 1e-300)
     found: list[Candidate] = []
     notes: list[str] = []
     for cls in (cls for cls in classes if isinstance(layer, cls.replaces)):
@@ -113,7 +114,7 @@ def site_positions(site: Site) -> list[Positions]:
 
 def call_macs(positions: Positions, layer: nn.Module) -> int:
     """Return the MACs of one call of a dense ``nn.Conv2d`` or ``nn.Linear``."""
-    assert isinstance(layer.weight, nn.Parameter)
+    assert isinstance(layer.weight, Tensor)
     return layer.weight.numel() * positions.outputs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.report import render
 from lowrank_nn.report.describe import describe
 from lowrank_nn.storage import packed_size
+
+_ROWS = 64  # rows of a weight that are compared at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +156,10 @@ def make_report(
         left: Reason to paths of the layers that were left as they were.
         errors: Predicted relative weight errors, for a plan; without them the errors are measured and the files sized.
     """
-    now = {site.path: site for site in small[1].sites}
     rows = []
     for site in dense[1].sites:
         if site.inside is None and _has_matrix(site.layer):
-            after = now[site.path]
+            after = small[1][site.path]
             became, options = describe(after.layer)
             error = _weight_error(site, after) if errors is None else errors.get(site.path)
             rows.append(
@@ -183,8 +185,11 @@ def _weight_error(before: Site, after: Site) -> float | None:
     old, new = before.layer.weight, after.layer.weight
     assert isinstance(old, Tensor)
     assert isinstance(new, Tensor)
-    old, new = old.detach().double(), new.detach().double()
-    return float((old - new).norm() / old.norm().clamp_min(1e-300))
+    change = norm = 0.0
+    for was, now in zip(old.detach().split(_ROWS), new.detach().split(_ROWS), strict=True):  # bounded memory
+        change += float((was.double() - now.double()).square().sum())
+        norm += float(was.double().square().sum())
+    return math.sqrt(change / max(norm, 1e-300))
 
 
 def _ratio(before: float, after: float) -> float:
