@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
@@ -18,13 +20,19 @@ from torch.utils.data import DistributedSampler
 from lowrank_nn.errors import TrainingError
 from lowrank_nn.pipeline.random_state import random_states, seed_all, set_random_states
 
+_GROUPS = itertools.count()
+
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the processes that ``torchrun`` started; a group that the caller has joined already is left alone."""
     ours = dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized()
     if ours:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Processes find each other through a store that outlives the group. Under a name that was used before they
+        # would find the addresses of the last group.
+        store, own, size = next(rendezvous("env://"))
+        store = PrefixStore(f"lowrank_nn/{next(_GROUPS)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=own, world_size=size)
     try:
         yield
     finally:
@@ -64,10 +72,15 @@ def wrap(model: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return model
-    # It says so, once, when all parameters had a gradient. Not knowing beforehand is the point.
+    broadcast(model.buffers())
+    with warnings.catch_warnings():
+        # Newer releases of torch have another name for broadcast_buffers, which older ones do not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        # Buffers are averaged after each epoch: written in every forward, they would forbid two forwards in one step.
+        wrapped = ParallelModel(model, find_unused_parameters=True, broadcast_buffers=False)
+    # It warns once when all parameters did have a gradient. FineTune runs where the filters are restored afterwards.
     warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
-    # Buffers are averaged after each epoch: written in every forward, they would forbid two forwards in one step.
-    return ParallelModel(model, find_unused_parameters=True, broadcast_buffers=False)
+    return wrapped
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -90,6 +103,12 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             values = tensor.detach().contiguous()
             dist.broadcast(values, 0)
             tensor.copy_(values)
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def synchronise_buffers(model: nn.Module) -> None:

@@ -168,19 +168,22 @@ class Trainer:
         return score
 
     def _write_checkpoint(self) -> None:
-        if self.settings.checkpoint is None or distributed.rank():
+        path = self.settings.checkpoint
+        if path is None:
             return
-        Checkpoint(
-            origin=self.origin,
-            epoch=self.epoch,
-            steps=self.steps,
-            model=self.student.state_dict(),
-            extra={} if self.guidance is None else self.guidance.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            schedule=self.schedule.state_dict(),
-            generators=[generator.get_state() for generator in self.generators],
-            best=self.best,
-        ).save(self.settings.checkpoint)
+        if distributed.rank() == 0:
+            Checkpoint(
+                origin=self.origin,
+                epoch=self.epoch,
+                steps=self.steps,
+                model=self.student.state_dict(),
+                extra={} if self.guidance is None else self.guidance.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                schedule=self.schedule.state_dict(),
+                generators=[generator.get_state() for generator in self.generators],
+                best=self.best,
+            ).save(path)
+        distributed.wait_for_all()  # so that whoever goes on, or starts anew, finds the file
 
     def _resume(self) -> None:
         path = self.settings.checkpoint

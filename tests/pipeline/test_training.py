@@ -11,7 +11,7 @@ from lowrank_nn import Apply, FineTune, SVDLinear, TrainingError, compress_model
 from lowrank_nn.errors import OptionError
 
 
-class Interruption(Exception):
+class InterruptionError(Exception):
     """Stands for whatever ends a run half-way."""
 
 
@@ -50,7 +50,7 @@ def stop_after(epochs, loss=cross_entropy):
     def stopping(model, batch):
         nonlocal steps
         if steps == 6 * epochs:
-            raise Interruption
+            raise InterruptionError
         steps += 1
         return loss(model, batch)
 
@@ -67,7 +67,7 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, epochs_done, own_generato
     options = {"guidance": ["1"], "evaluate": lambda m: float(m[0].dense_weight().sum()), "restore_best": True}
     whole = run(model, loader=loader(), loss=cross_entropy, **options)
     file = tmp_path / "folder" / "run.pt"
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         run(model, loader=loader(), loss=stop_after(epochs_done), checkpoint=file, **options)
     continued = run(model, loader=loader(), loss=cross_entropy, checkpoint=file, **options)
     assert same_bits(whole, continued)
@@ -76,9 +76,9 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, epochs_done, own_generato
 
 def test_resuming_trains_only_the_epochs_left(tmp_path):
     model, file = make_model(), tmp_path / "run.pt"
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         run(model, loss=stop_after(2), checkpoint=file)
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         run(model, loss=stop_after(1), checkpoint=file)
     run(model, loss=stop_after(1.5), checkpoint=file)
     first = run(model, loss=stop_after(0), checkpoint=file)
@@ -106,7 +106,7 @@ def test_regressors_of_hints_are_in_the_checkpoint(tmp_path):
         return Guidance(teacher, student, {"1": "4"}, kind="hint", widths={"1": (3, 16)}, weight="balanced")
 
     whole = run(model, loss=cross_entropy, guidance=hint)
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         run(model, loss=stop_after(2), guidance=hint, checkpoint=file)
     assert torch.load(file)["extra"]
     assert same_bits(whole, run(model, loss=cross_entropy, guidance=hint, checkpoint=file))
@@ -144,7 +144,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
 
 def test_a_failing_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     model, file = make_model(), tmp_path / "run.pt"
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         run(model, loss=stop_after(1), checkpoint=file)
     before = file.read_bytes()
 
@@ -284,7 +284,7 @@ def test_loader_generators_are_put_back():
     before = generator.get_state()
     first = run(make_model(), loader=shuffled(generator))
     assert torch.equal(generator.get_state(), before)
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         run(make_model(), loader=shuffled(generator), loss=stop_after(1))
     assert torch.equal(generator.get_state(), before)
     assert same_bits(first, run(make_model(), loader=shuffled(generator)))
