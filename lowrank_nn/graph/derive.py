@@ -10,19 +10,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank_nn.errors import PlanError
 from lowrank_nn.graph.sites import Call, Recording, Site
 from lowrank_nn.layers import CompressedLayer, layer_output_shape
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a deep copy of ``model`` on the meta device; no tensor is copied on the way."""
+    """Return a deep copy of ``model`` on the meta device; none of its parameters and buffers is copied on the way.
+
+    Raises:
+        PlanError: The model cannot be copied.
+    """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
-    with torch.no_grad():
-        return copy.deepcopy(model, memo).to("meta")
+    try:
+        with torch.no_grad():
+            return copy.deepcopy(model, memo).to("meta")
+    except Exception as error:
+        raise PlanError(
+            f"{type(model).__name__}: a copy is worked on, and copy.deepcopy(model) fails: {error}. Make the model copyable "
+            "(no tensors with a graph, open files or locks among its attributes)."
+        ) from error
 
 
 def derive_recording(recording: Recording, model: nn.Module) -> Recording:

@@ -170,14 +170,7 @@ def _replaced_at_once(steps: list[Step], planned: DryRun) -> set[str]:
 
 def _working_copy(model: nn.Module, replaced: set[str]) -> nn.Module:
     """Return a deep copy; layers about to be replaced share their parameters, which saves up to the model's memory."""
-    memo: dict[int, Any] = {id(p): p for path in replaced for p in model.get_submodule(path).parameters()}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise PlanError(
-            f"compress_model works on a copy, and copy.deepcopy({type(model).__name__}) fails: {error}. Make the model "
-            "copyable (no tensors with a graph, open files or locks among its attributes)."
-        ) from error
+    return copy.deepcopy(model, {id(p): p for path in replaced for p in model.get_submodule(path).parameters()})
 
 
 def _record_result(model: nn.Module, example_inputs: Any) -> Recording:

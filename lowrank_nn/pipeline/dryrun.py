@@ -13,6 +13,7 @@ from lowrank_nn.layers import LAYERS
 from lowrank_nn.pipeline.state import Decision, State, Step
 
 _SEARCHES = 10
+_NARROWEST = 0.25
 _SPENT = 0.97  # share of the budget that counts as all of it: ranks are whole numbers
 
 
@@ -37,6 +38,10 @@ class DryRun:
             return 0.0
         return float((budget.spent(self.state.cost()) / budget.allowed(self.state.dense_cost())).max())
 
+    def fits(self) -> bool:
+        """Whether what remains is within the budget, up to rounding."""
+        return self.overspent() <= 1 + 1e-9
+
     def errors(self) -> dict[str, float]:
         """Return the predicted relative weight errors by path."""
         return {d.path: d.error for decisions in self.decisions for d in decisions if d.error is not None}
@@ -49,7 +54,8 @@ class DryRun:
             for decision in decisions:
                 touched.add(decision.path)
                 if decision.note:
-                    reasons.setdefault(f"{type(step).__name__}: {decision.note}", []).append(decision.path)
+                    reason = f"{type(step).__name__}: {decision.note.rstrip('.')}"
+                    reasons.setdefault(reason, []).append(decision.path)
         kinds = tuple(cls.replaces for cls in LAYERS.values())
         for site in dense.sites:
             weights = [p for p in site.layer.parameters(recurse=False) if p.dim() >= 2]
@@ -65,7 +71,8 @@ def dry_run(start: State, steps: Sequence[Step]) -> DryRun:
     """Decide a whole recipe under its budget.
 
     The budget holds at the end of the recipe. A step that allocates is first given the budget itself; where later steps
-    save more (int8 after low rank), its share is widened by bisection over complete dry runs until the end just fits.
+    save more (int8 after low rank), its share is widened by bisection over complete dry runs until the end just fits,
+    and narrowed where they cost more (masks of few zeros).
 
     Args:
         start: The model as it was given.
@@ -75,40 +82,39 @@ def dry_run(start: State, steps: Sequence[Step]) -> DryRun:
         PlanError: A step cannot be carried out.
         BudgetError: The recipe ends above the budget.
     """
-    best, failure = _try_once(start, steps)
-    if best is not None and best.overspent() > 1:
-        raise BudgetError(_above_budget(best))
+    first = _try_once(start, steps)
+    fits = isinstance(first, DryRun) and first.fits()
+    best = first if isinstance(first, DryRun) and fits else None
     if start.budget is not None and any(step.allocates() for step in steps):
-        best = _widen(start, steps, best)
+        over = isinstance(first, DryRun) and not fits
+        bounds = (_NARROWEST, 1.0) if over else (1.0, 1 / min(start.budget.shares().values()))
+        best = _search(start, steps, best, *bounds)
     if best is None:
-        assert failure is not None
-        raise failure
+        raise BudgetError(_above_budget(first)) if isinstance(first, DryRun) else first
     return best
 
 
-def _widen(start: State, steps: Sequence[Step], best: DryRun | None) -> DryRun | None:
+def _search(start: State, steps: Sequence[Step], best: DryRun | None, low: float, high: float) -> DryRun | None:
     """Bisect the largest slack with which the whole recipe still ends within the budget."""
-    assert start.budget is not None
-    low, high = 1.0, 1 / min(start.budget.shares().values())
     for _ in range(_SEARCHES):
         if best is not None and best.overspent() > _SPENT:
             break
         middle = math.sqrt(low * high)
-        tried, _failure = _try_once(dataclasses.replace(start, slack=middle), steps)
-        if tried is not None and tried.overspent() > 1:
+        tried = _try_once(dataclasses.replace(start, slack=middle), steps)
+        if isinstance(tried, DryRun) and not tried.fits():
             high = middle
             continue
         low = middle  # it fits, or low rank alone could not go that far down
-        if tried is not None and (best is None or tried.overspent() > best.overspent()):
+        if isinstance(tried, DryRun) and (best is None or tried.overspent() > best.overspent()):
             best = tried
     return best
 
 
-def _try_once(start: State, steps: Sequence[Step]) -> tuple[DryRun | None, BudgetError | None]:
+def _try_once(start: State, steps: Sequence[Step]) -> DryRun | BudgetError:
     try:
-        return _run_once(start, steps), None
+        return _run_once(start, steps)
     except BudgetError as error:
-        return None, error
+        return error
 
 
 def _run_once(start: State, steps: Sequence[Step]) -> DryRun:

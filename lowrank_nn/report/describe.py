@@ -8,9 +8,11 @@ from torch import nn
 
 from lowrank_nn.layers import CompressedLayer
 
+_SHORT = {"activation_bits": "act", "granularity": "unit"}
+
 
 def describe(layer: nn.Module) -> tuple[str, str]:
-    """Return what a layer is and its main options: ``("TuckerConv2d + QuantConv2d", "rank=(8, 4), bits=8")``.
+    """Return what a layer is and its main options: ``("TuckerConv2d+QuantConv2d", "rank=(8, 4) bits=8")``.
 
     The classes of the leaves inside are joined with a plus. An option on which the leaves differ is shown from the
     smallest to the largest.
@@ -25,7 +27,8 @@ def describe(layer: nn.Module) -> tuple[str, str]:
                 names.append(type(stage).__name__)
             for name, value in _main_options(stage).items():
                 options.setdefault(name, []).append(value)
-    return " + ".join(names), ", ".join(f"{name}={_span(values)}" for name, values in options.items())
+    shown = (f"{_SHORT.get(name, name)}={_span(values)}" for name, values in options.items())
+    return "+".join(names), " ".join(shown)
 
 
 def _main_options(layer: CompressedLayer) -> dict[str, Any]:
@@ -34,8 +37,10 @@ def _main_options(layer: CompressedLayer) -> dict[str, Any]:
 
 
 def _span(values: list[Any]) -> str:
-    first, last = min(values, key=str), max(values, key=str)
-    return _short(first) if first == last else f"{_short(first)}..{_short(last)}"
+    numbers = all(isinstance(value, (int, float)) for value in values)
+    ordered = sorted(values, key=None if numbers else str)
+    first, last = _short(ordered[0]), _short(ordered[-1])
+    return first if first == last else f"{first}..{last}"
 
 
 def _short(value: Any) -> str:

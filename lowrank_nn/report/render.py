@@ -11,15 +11,14 @@ if TYPE_CHECKING:
 
 WIDTH = 120
 _HEAD = ("layer", "became", "options", "error", "params", "", "MACs", "", "bytes")
-_PATH, _BECAME, _OPTIONS = 26, 27, 24
+_WORDS = 3  # the first columns hold words, aligned left; the others numbers
 
 
 def to_text(report: Report) -> str:
     """Return the report as plain text, no line longer than 120 columns."""
     cells = [_HEAD, *(_cells(row) for row in report.rows), *_footer(report)]
-    shown = [_fitted(row) for row in cells]
-    widths = [max(len(row[i]) for row in shown) for i in range(len(_HEAD))]
-    lines = [_line(row, widths) for row in shown]
+    widths = _fitted([max(len(row[i]) for row in cells) for i in range(len(_HEAD))])
+    lines = [_line(row, widths) for row in cells]
     rule = "-" * min(WIDTH, max(len(line) for line in lines))
     body = [report.title, rule, lines[0], rule, *lines[1:-2], rule, *lines[-2:], rule]
     return "\n".join([*body, *_summary(report), *_left(report)])
@@ -32,7 +31,7 @@ def to_markdown(report: Report) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * 3 + " ---: |" * 6]
     lines += ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in [*rows, *_footer(report)]]
     lines += ["", *(f"- {line}" for line in _summary(report))]
-    lines += [f"- left as they were, {reason}: {', '.join(paths)}" for reason, paths in report.left.items()]
+    lines += [f"- left as they were ({reason}): {_listed(paths)}" for reason, paths in report.left.items()]
     return "\n".join(lines)
 
 
@@ -53,7 +52,7 @@ def count(number: float) -> str:
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(number) >= limit:
             size = number / (1e3 if unit == "k" else limit)
-            return f"{size:.3g}{unit}" if size < 1000 else f"{size:.0f}{unit}"
+            return f"{size:.3g}{unit}" if size < 999.5 else f"{size:.0f}{unit}"
     return str(int(number))
 
 
@@ -118,27 +117,36 @@ def _summary(report: Report) -> list[str]:
 def _left(report: Report) -> list[str]:
     lines = []
     for reason, paths in report.left.items():
-        text = f"left as they were, {reason}: {', '.join(path or '(model)' for path in paths)}"
+        text = f"left as they were ({reason}): {_listed(paths)}"
         lines += textwrap.wrap(text, WIDTH, subsequent_indent="    ", break_long_words=True, break_on_hyphens=False)
     return lines
 
 
-def _fitted(row: tuple[str, ...]) -> tuple[str, ...]:
-    return (_cut(row[0], _PATH), _cut(row[1], _BECAME), _cut(row[2], _OPTIONS), *row[3:])
+def _listed(paths: tuple[str, ...]) -> str:
+    return ", ".join(path or "(model)" for path in paths)
+
+
+def _fitted(widths: list[int]) -> list[int]:
+    """Narrow the widest columns of words until a line fits."""
+    widths = list(widths)
+    while sum(widths) + len(widths) - 1 > WIDTH:
+        widest = max(range(_WORDS), key=lambda column: widths[column])
+        widths[widest] -= 1
+    return widths
 
 
 def _cut(text: str, width: int) -> str:
     """Shorten from the middle, so that both the stage and the layer's own name stay readable."""
     if len(text) <= width:
         return text
-    tail = width // 2
-    return f"{text[: width - tail - 2]}..{text[-tail:]}"
+    tail = (width - 2) // 2
+    return f"{text[: width - tail - 2]}..{text[len(text) - tail :]}"
 
 
 def _line(row: tuple[str, ...], widths: list[int]) -> str:
-    left = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
-    right = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
-    return " ".join([*left, *right]).rstrip()
+    words = [_cut(cell, width).ljust(width) for cell, width in zip(row[:_WORDS], widths[:_WORDS], strict=True)]
+    numbers = [cell.rjust(width) for cell, width in zip(row[_WORDS:], widths[_WORDS:], strict=True)]
+    return " ".join([*words, *numbers]).rstrip()
 
 
 def _escape(cell: str) -> str:

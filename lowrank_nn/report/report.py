@@ -157,18 +157,27 @@ def make_report(
         errors: Predicted relative weight errors, for a plan; without them the errors are measured and the files sized.
     """
     rows = []
+    counted: tuple[set[Tensor], set[Tensor]] = (set(), set())
     for site in dense[1].sites:
         if site.inside is None and _has_matrix(site.layer):
             after = small[1][site.path]
             became, options = describe(after.layer)
             error = _weight_error(site, after) if errors is None else errors.get(site.path)
-            rows.append(
-                Row(site.path, describe(site.layer)[0], became, options, error, site_cost(site), site_cost(after))
-            )
+            costs = (_cost_once(place, seen) for place, seen in zip((site, after), counted, strict=True))
+            rows.append(Row(site.path, describe(site.layer)[0], became, options, error, *costs))
     before, after_all = model_cost(*dense), model_cost(*small)
     rest = after_all - sum((row.after for row in rows), Cost())
     files = (packed_size(dense[0]), packed_size(small[0])) if errors is None else None
     return Report(title, tuple(rows), rest, before, after_all, files, left)
+
+
+def _cost_once(site: Site, seen: set[Tensor]) -> Cost:
+    """Return the cost of a site without the tied parameters that an earlier row has counted."""
+    own = set(site.layer.parameters(recurse=False))
+    again = sum(p.numel() for p in own & seen)
+    size = sum(p.numel() * p.element_size() for p in own & seen)
+    seen |= own
+    return site_cost(site) - Cost(params=again, bytes=size, nonzeros=again)
 
 
 def _has_matrix(layer: nn.Module) -> bool:
