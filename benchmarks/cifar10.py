@@ -122,9 +122,9 @@ def run(arguments: argparse.Namespace) -> None:
     loader = Augmented(train_images[: arguments.images], train_labels[: arguments.images], 128)
     print(
         f"{arguments.weights.stem}, {len(labels)} test images, seed {arguments.seed}. Fine-tune: {arguments.epochs} "
-        f"epochs of {128 * len(loader)} augmented training images, distillation, AdamW, lr {arguments.lr}. int8: weights "
-        f"and activations, 512 training images. torch {torch.__version__}, {torch.get_num_threads()} threads; ms: median "
-        "of 25, in turn with the dense network (speed-up in brackets).\n"
+        f"epochs of {128 * len(loader)} augmented training images, distillation, AdamW, lr {arguments.lr}. "
+        f"int8: weights and activations, 512 training images. torch {torch.__version__}, {torch.get_num_threads()} "
+        "threads; ms: median of 25, in turn with the dense network (speed-up in brackets).\n"
     )
 
     def compress(model: nn.Module, recipe: list[Any], budget: lnn.Budget | None = None) -> lnn.Result:

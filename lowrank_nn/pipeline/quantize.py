@@ -80,7 +80,12 @@ class Quantize(Step):
         paths = [decision.path for decision in decisions]
         try:
             ranges = collect_input_ranges(
-                state.model, state.calibration, paths, observer=self.observer, progress=state.progress
+                state.model,
+                state.calibration,
+                paths,
+                observer=self.observer,
+                bits=self.activation_bits,
+                progress=state.progress,
             )
         except LowRankError as error:
             raise type(error)(f"Quantize: {error}") from error
