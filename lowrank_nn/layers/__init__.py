@@ -12,7 +12,10 @@ from lowrank_nn.layers._quantized import QuantLayer as QuantLayer
 from lowrank_nn.layers._ranks import VBMF as VBMF
 from lowrank_nn.layers._ranks import Energy as Energy
 from lowrank_nn.layers._ranks import Params as Params
+from lowrank_nn.layers._ranks import Positions as Positions
+from lowrank_nn.layers._ranks import RankProblem as RankProblem
 from lowrank_nn.layers._ranks import RankRule as RankRule
+from lowrank_nn.layers._ranks import RankTable as RankTable
 from lowrank_nn.layers._ranks import SpeedUp as SpeedUp
 from lowrank_nn.layers._shapes import CompressedConv2d as CompressedConv2d
 from lowrank_nn.layers._shapes import CompressedLinear as CompressedLinear

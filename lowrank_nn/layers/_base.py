@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -67,6 +67,9 @@ class CompressedLayer(nn.Module, abc.ABC):
     replaces: ClassVar[type[nn.Module]]
     stacks_on: ClassVar[tuple[type[CompressedLayer], ...]] = ()
     main_options: ClassVar[tuple[str, ...]] = ()
+
+    from_pretrained_layer: ClassVar[Callable[..., CompressedLayer]]
+    """The factory, ``from_pretrained_layer(layer, **options)``; every class has its own signature."""
 
     @classmethod
     @abc.abstractmethod
@@ -143,9 +146,9 @@ class CompressedLayer(nn.Module, abc.ABC):
         dense = self.replaces(**self.dense_arguments(), device="meta", dtype=weight.dtype)
         dense = dense.to_empty(device=weight.device)
         with torch.no_grad():
-            dense.weight.copy_(weight)
-            if self.bias is not None:
-                dense.bias.copy_(self.bias)
+            for name, value in (("weight", weight), ("bias", self.bias)):
+                if isinstance(value, Tensor):
+                    dense.get_parameter(name).copy_(value)
         trainable = any(p.requires_grad for p in self.parameters())
         dense.requires_grad_(trainable)
         return dense.train(self.training)

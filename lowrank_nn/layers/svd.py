@@ -101,7 +101,7 @@ class SVDLinear(LowRankLayer, CompressedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
-        self.rank = check_rank(type(self).__name__, rank, min(in_features, out_features))
+        self.rank: int = check_rank(type(self).__name__, rank, min(in_features, out_features))
         self.reduce = nn.Linear(in_features, self.rank, bias=False, device=device, dtype=dtype)
         self.expand = nn.Linear(self.rank, out_features, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
@@ -254,24 +254,41 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         if order not in ("spatial_first", "pointwise_first"):
             raise OptionError(f"SVDConv2d: order must be 'spatial_first' or 'pointwise_first', got {order!r}.")
-        out, inn, *size = self.weight_shape
-        taps = size[0] * size[1]
-        rows, columns = (out // groups, inn * taps) if order == "spatial_first" else (inn, out // groups * taps)
+        out, inn, height, width = self.weight_shape
+        spatial_first, taps = order == "spatial_first", height * width
+        rows, columns = (out // groups, inn * taps) if spatial_first else (inn, out // groups * taps)
         self.order: Order = order
-        self.rank = check_rank(type(self).__name__, rank, min(rows, columns))
-        spatial = {
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "padding_mode": self.padding_mode,
-        }
-        pointwise = {"kernel_size": 1}
-        first, second = (spatial, pointwise) if order == "spatial_first" else (pointwise, spatial)
-        kept = {"groups": groups, "device": device, "dtype": dtype}
-        self.reduce = nn.Conv2d(in_channels, groups * self.rank, bias=False, **first, **kept)
-        self.expand = nn.Conv2d(groups * self.rank, out_channels, bias=bias, **second, **kept)
+        self.rank: int = check_rank(type(self).__name__, rank, min(rows, columns))
+        between = groups * self.rank
+        self.reduce = self._convolution(in_channels, between, spatial_first, False, device, dtype)
+        self.expand = self._convolution(between, out_channels, not spatial_first, bias, device, dtype)
         self.reset_parameters()
+
+    def _convolution(
+        self,
+        in_channels: int,
+        out_channels: int,
+        spatial: bool,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> nn.Conv2d:
+        """Build the convolution with this layer's kernel size and geometry, or a 1 x 1."""
+        if not spatial:
+            return nn.Conv2d(in_channels, out_channels, 1, groups=self.groups, bias=bias, device=device, dtype=dtype)
+        return nn.Conv2d(
+            in_channels,
+            out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            bias=bias,
+            padding_mode=self.padding_mode,
+            device=device,
+            dtype=dtype,
+        )
 
     @classmethod
     def from_pretrained_layer(cls, layer: nn.Module, *, rank: int | RankRule, order: Order = "spatial_first") -> Self:
@@ -305,7 +322,7 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
         right = torch.stack([factor[1] for factor in factors])  # (g, r, columns)
         if self.order == "pointwise_first":
             self.reduce.weight.copy_(left.transpose(1, 2).reshape(self.reduce.weight.shape))
-            out = right.unflatten(2, (self.out_channels // self.groups, -1)).transpose(1, 2)
+            out = right.reshape(self.groups, self.rank, self.out_channels // self.groups, -1).transpose(1, 2)
             self.expand.weight.copy_(out.reshape(self.expand.weight.shape))
         else:
             self.reduce.weight.copy_(right.reshape(self.reduce.weight.shape))
@@ -326,16 +343,13 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
 
     def dense_weight(self) -> Tensor:
         """Return the product of the factors, shape ``(out_channels, in_channels / groups, kh, kw)``."""
-        first = self.reduce.weight.unflatten(0, (self.groups, -1))  # (g, r, i, h, w)
-        second = self.expand.weight.unflatten(0, (self.groups, -1))  # (g, o, r, h, w)
-        return torch.einsum("gorhw,grihw->goihw", *_broadcast_taps(second, first)).flatten(0, 1)
+        first = self.reduce.weight.reshape(self.groups, self.rank, -1, *self.reduce.kernel_size)
+        second = self.expand.weight.reshape(self.groups, -1, self.rank, *self.expand.kernel_size)
+        if self.order == "spatial_first":
+            return torch.einsum("gor,grihw->goihw", second.flatten(3).squeeze(3), first).flatten(0, 1)
+        return torch.einsum("gorhw,gri->goihw", second, first.flatten(3).squeeze(3)).flatten(0, 1)
 
     def stages(self) -> Iterator[nn.Module]:
         """Yield ``reduce`` and ``expand``."""
         yield self.reduce
         yield self.expand
-
-
-def _broadcast_taps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    taps = torch.broadcast_shapes(a.shape[-2:], b.shape[-2:])
-    return a.expand(*a.shape[:-2], *taps), b.expand(*b.shape[:-2], *taps)

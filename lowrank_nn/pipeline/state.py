@@ -96,18 +96,17 @@ class State:
     def watch(self, items: Iterable[Item], title: str) -> Iterable[Item]:
         """Iterate under a progress bar; none in a dry run, on request, or when the output is not a terminal."""
         hidden = True if self.dry or not self.progress else None
-        return tqdm(items, desc=title, disable=hidden, leave=False)
+        bar: Iterable[Item] = tqdm(items, desc=title, disable=hidden, leave=False)
+        return bar
 
 
 def build(decision: Decision, layer: nn.Module, data: dict[str, Any]) -> CompressedLayer:
     """Build what ``decision`` says from ``layer``; errors come back with the layer's path in front."""
     assert decision.layer_class is not None
     try:
-        factory: Any = decision.layer_class.from_pretrained_layer  # type: ignore[attr-defined]
-        new: CompressedLayer = factory(layer, **decision.options, **data)
+        return decision.layer_class.from_pretrained_layer(layer, **decision.options, **data)
     except LowRankError as error:
         raise error.at(decision.path) from error
-    return new
 
 
 class Step(abc.ABC):

@@ -113,7 +113,8 @@ def _best_upgrade(choices: Choices, now: int, left: Floats, scale: Floats) -> tu
 
 
 def _cost(layers: Sequence[Choices], chosen: Sequence[int]) -> Floats:
-    return np.sum([choices.costs[i] for choices, i in zip(layers, chosen, strict=True)], axis=0)
+    total: Floats = np.sum([choices.costs[i] for choices, i in zip(layers, chosen, strict=True)], axis=0)
+    return total
 
 
 def _error(layers: Sequence[Choices], chosen: Sequence[int]) -> float:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lowrank_nn.cost import Cost
 from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Site
-from lowrank_nn.layers import LowRankLayer, read_layer
-from lowrank_nn.layers._ranks import Positions
+from lowrank_nn.layers import LowRankLayer, Positions, read_layer
 from lowrank_nn.planning.allocation import Choices, Floats
 from lowrank_nn.planning.budget import Budget
 
@@ -75,34 +74,41 @@ def low_rank_candidates(site: Site, layer: nn.Module, classes: Sequence[type[Low
     weight = layer.weight
     assert isinstance(weight, Tensor)
     positions = site_positions(site)
-    itemsize = weight.element_size()
-    norm = max(float(torch.linalg.vector_norm(weight.detach().float())) ** 2, 1e-300)
+    size, itemsize = weight.numel(), weight.element_size()
+    macs = sum(call_macs(p, layer) for p in positions)
+    dense = Candidate(None, {}, 0.0, Cost(size, macs, size * itemsize, size))
     found: list[Candidate] = []
     notes: list[str] = []
     for cls in (cls for cls in classes if isinstance(layer, cls.replaces)):
         for options in cls.formats:
             try:
-                source = read_layer(layer, cls)
-                problem = cls.rank_problem(source, **options)
-                ranks, errors = problem.table()
+                found += _of_one_format(cls, options, layer, positions, itemsize)
             except LowRankError as error:
                 notes.append(error.message)
-                continue
-            params = problem.params(*ranks.T)
-            macs = sum(problem.macs(p, *ranks.T) for p in positions)
-            dense_params = problem.dense(positions[0])[0]
-            dense_macs = sum(problem.dense(p)[1] for p in positions)
-            saves = (params <= dense_params) & (macs <= dense_macs) & ((params < dense_params) | (macs < dense_macs))
-            for i in np.flatnonzero(saves):
-                rank = cls.rank_argument(tuple(int(r) for r in ranks[i]), problem.limits)
-                size = int(params[i])
-                cost = Cost(size, int(np.asarray(macs)[i]), size * itemsize, size)
-                found.append(Candidate(cls, {"rank": rank, **options}, max(0.0, float(errors[i])) / norm, cost))
-    size = weight.numel()
-    macs = sum(call_macs(p, layer) for p in positions)
-    dense = Candidate(None, {}, 0.0, Cost(size, macs, size * itemsize, size))
     note = "" if found else (notes[0] if notes else "no format at any rank is smaller")
     return SiteCandidates(site.path, [dense, *_undominated(found)], note)
+
+
+def _of_one_format(
+    cls: type[LowRankLayer], options: dict[str, Any], layer: nn.Module, positions: list[Positions], itemsize: int
+) -> list[Candidate]:
+    """Return the candidates of one class and variant that save something and cost more of nothing."""
+    source = read_layer(layer, cls)
+    problem = cls.rank_problem(source, **options)
+    ranks, errors = problem.table()
+    norm = max(float(torch.linalg.vector_norm(source.weight.float())) ** 2, 1e-300)
+    params = problem.params(*ranks.T)
+    macs = np.sum([problem.macs(p, *ranks.T) for p in positions], axis=0)
+    dense_params = problem.dense(positions[0])[0]
+    dense_macs = sum(problem.dense(p)[1] for p in positions)
+    saves = (params <= dense_params) & (macs <= dense_macs) & ((params < dense_params) | (macs < dense_macs))
+    found = []
+    for i in np.flatnonzero(saves):
+        rank = cls.rank_argument(tuple(int(r) for r in ranks[i]), problem.limits)
+        size = int(params[i])
+        cost = Cost(size, int(macs[i]), size * itemsize, size)
+        found.append(Candidate(cls, {"rank": rank, **options}, max(0.0, float(errors[i])) / norm, cost))
+    return found
 
 
 def site_positions(site: Site) -> list[Positions]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from lowrank_nn.cost import Cost
+from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Recording, Site, model_cost, site_cost
 from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.report import render
 from lowrank_nn.report.describe import describe
 from lowrank_nn.storage import packed_size
+
+logger = logging.getLogger(__name__)
 
 _ROWS = 64  # rows of a weight that are compared at a time
 
@@ -78,7 +83,8 @@ class Report:
         rest: Cost of everything else (normalisations, embeddings, products of activations).
         before: Cost of the dense model.
         after: Cost of the compressed model.
-        file_bytes: Size of the file that ``save`` writes, for the dense and the compressed model; None in a plan.
+        file_bytes: Size of the file that ``save`` writes, for the dense and the compressed model; None in a plan,
+            and where ``save`` refuses a model.
         left: Reason to paths of the layers that a step left as they were.
         latency: Measured times, if asked for.
     """
@@ -167,8 +173,16 @@ def make_report(
             rows.append(Row(site.path, describe(site.layer)[0], became, options, error, *costs))
     before, after_all = model_cost(*dense), model_cost(*small)
     rest = after_all - sum((row.after for row in rows), Cost())
-    files = (packed_size(dense[0]), packed_size(small[0])) if errors is None else None
+    files = _file_bytes(dense[0], small[0]) if errors is None else None
     return Report(title, tuple(rows), rest, before, after_all, files, left)
+
+
+def _file_bytes(dense: nn.Module, small: nn.Module) -> tuple[int, int] | None:
+    try:
+        return packed_size(dense), packed_size(small)
+    except LowRankError as error:  # the model runs and is compressed; that save refuses it is for save to say
+        logger.warning("the report has no file sizes: %s", error)
+        return None
 
 
 def _cost_once(site: Site, seen: set[Tensor]) -> Cost:
@@ -195,10 +209,16 @@ def _weight_error(before: Site, after: Site) -> float | None:
     assert isinstance(old, Tensor)
     assert isinstance(new, Tensor)
     change = norm = 0.0
-    for was, now in zip(old.detach().split(_ROWS), new.detach().split(_ROWS), strict=True):  # bounded memory
-        change += float((was.double() - now.double()).square().sum())
-        norm += float(was.double().square().sum())
+    for was, now in zip(_row_blocks(old), _row_blocks(new), strict=True):
+        change += float((was - now).square().sum())
+        norm += float(was.square().sum())
     return math.sqrt(change / max(norm, 1e-300))
+
+
+def _row_blocks(weight: Tensor) -> Iterator[Tensor]:
+    """Yield a few rows at a time in float64: a large weight is never held in float64 as a whole."""
+    for start in range(0, len(weight), _ROWS):
+        yield weight[start : start + _ROWS].detach().double()
 
 
 def _ratio(before: float, after: float) -> float:
