@@ -111,7 +111,7 @@ class LowRank(Step):
         open_tables = [table for table in tables if table.candidates]
         picks = allocate([table.choices(target) for table in open_tables], allowed)
         if picks is None:
-            raise BudgetError(_cannot_be_met(target, state, fixed, open_tables))
+            raise BudgetError(_cannot_be_met(target, state, fixed, tables))
         chosen = {t.path: t.candidates[i] for t, i in zip(open_tables, picks, strict=True)}
         return [_decision(table, chosen.get(table.path)) for table in tables]
 
@@ -140,9 +140,14 @@ def _cannot_be_met(target: Budget, state: State, fixed: Cost, tables: list[SiteC
     parts = []
     for index, (name, share) in enumerate(target.shares().items()):
         least = float(target.spent(fixed)[index])
-        least += sum(float(table.choices(target).costs[:, index].min()) for table in tables)
+        least += sum(float(table.choices(target).costs[:, index].min()) for table in tables if table.candidates)
         parts.append(f"{name}={share:.3g} (least possible {least / max(1, getattr(dense, name)):.3g})")
+    stuck: dict[str, list[str]] = {}
+    for table in tables:
+        if not table.candidates:
+            stuck.setdefault(table.note, []).append(table.path)
+    out_of_reach = "".join(f" It cannot change {', '.join(paths)}: {note}." for note, paths in stuck.items())
     return (
-        f"LowRank: the budget {', '.join(parts)} cannot be met with the layers it may change. Allow more, let it "
-        "change more layers, or add pruning or quantization steps."
+        f"LowRank: the budget {', '.join(parts)} cannot be met with the layers it may change.{out_of_reach} Allow more, "
+        "let it change more layers, or add pruning or quantization steps."
     )
