@@ -64,7 +64,7 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, epochs_done, own_generato
         return shuffled(torch.Generator().manual_seed(5) if own_generator else None)
 
     model = make_model()
-    options = {"guidance": ["1"], "evaluate": lambda m: float(m[0].dense_weight().sum()), "restore_best": True}
+    options = {"guidance": ["1"]}
     whole = run(model, loader=loader(), loss=cross_entropy, **options)
     file = tmp_path / "folder" / "run.pt"
     with pytest.raises(InterruptionError):
@@ -72,6 +72,18 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, epochs_done, own_generato
     continued = run(model, loader=loader(), loss=cross_entropy, checkpoint=file, **options)
     assert same_bits(whole, continued)
     assert [path.name for path in file.parent.iterdir()] == ["run.pt"]
+
+
+def test_the_best_state_before_an_interruption_is_not_lost(tmp_path):
+    model, file = make_model(), tmp_path / "run.pt"
+    options = {"restore_best": True, "loss": cross_entropy}
+    whole_scores, first, second = iter([0.1, 0.9, 0.2, 0.3, 0.4]), iter([0.1, 0.9, 0.2]), iter([0.3, 0.4])
+    whole = run(model, evaluate=lambda _: next(whole_scores), **options)
+    with pytest.raises(InterruptionError):
+        run(model, evaluate=lambda _: next(first), checkpoint=file, **(options | {"loss": stop_after(2)}))
+    continued = run(model, evaluate=lambda _: next(second), checkpoint=file, **options)
+    assert same_bits(whole, continued)
+    assert not same_bits(whole, run(model, loss=cross_entropy))
 
 
 def test_resuming_trains_only_the_epochs_left(tmp_path):
