@@ -407,6 +407,9 @@ class QuantLayer(CompressedLayer):
 
     def _rounded(self, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes (0 where masked), scale and zero point of ``kernel``."""
+        if kernel.is_meta:  # there is nothing to round, and a plan of many layers would wait for torch's meta kernels
+            scale = kernel.new_empty(kernel.shape[0] if self.scheme == "symmetric" else ())
+            return torch.empty_like(kernel, dtype=torch.int8), scale, scale.new_empty((), dtype=torch.int32)
         kernel = self._masked(kernel.detach())
         scale, zero_point = self._grid_of(kernel)
         codes = quantize(kernel, self._per_channel(scale), zero_point, self._weight_grid, torch.int8)
