@@ -55,7 +55,9 @@ def plan(
     """Return the table that :func:`compress_model` would end with, without compressing.
 
     The recipe runs on the meta device. What depends on the weights alone is computed from them (ranks of rules, errors
-    of candidates); nothing is decomposed, trained or calibrated.
+    of candidates); nothing is decomposed, trained or calibrated. Layers count as often as the given model calls them;
+    where that depends on values, compression may change it. So may the choice of what to prune with
+    ``granularity="shape"``, of which the plan counts what can remain at most.
 
     Args:
         model: The trained model; not changed.

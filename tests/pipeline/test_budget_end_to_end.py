@@ -143,7 +143,9 @@ def test_layers_left_out_count_as_they_are(net):
 
 def test_a_recipe_that_does_not_work_towards_its_budget(net):
     recipe = [lnn.Apply(lnn.SVDLinear, where="6", rank=30)]
-    with pytest.raises(lnn.BudgetError, match=r"ends above its budget \(params: 0\.\d+ of .*allowed 0\.3\).*LowRank\(\)"):
+    with pytest.raises(
+        lnn.BudgetError, match=r"ends above its budget \(params: 0\.\d+ of .*allowed 0\.3\).*LowRank\(\)"
+    ):
         compress(net, recipe, params=0.3)
     assert compress(net, recipe, params=0.9).report.after.params <= 0.9 * params(net)
 

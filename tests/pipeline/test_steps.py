@@ -297,3 +297,20 @@ def test_a_given_model_with_compressed_layers_goes_on(net):
     assert kinds(second)["fc.reduce"] == "QuantLinear"
     third = run(first, lnn.LowRank(formats=MATRICES), budget=lnn.Budget(params=0.8)).model
     assert kinds(third)["fc"] == "SVDLinear"
+
+
+def test_a_model_without_anything_to_replace():
+    model = seeded(lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU()))
+    for recipe in (
+        lnn.LowRank(rank=lnn.VBMF()),
+        lnn.Prune(0.5),
+        lnn.Quantize(),
+        lnn.Apply(lnn.TuckerConv2d, rank=(2, 2)),
+    ):
+        with pytest.raises(lnn.PlanError, match="matches no layer that this step can act on. There are: none"):
+            lnn.compress_model(model, torch.ones(1, 3, 9), recipe)
+
+
+def test_full_ranks_are_refused_under_strict_since_they_save_nothing(net):
+    with pytest.raises(lnn.PlanError, match="conv2: .*would save nothing"):
+        run(net, lnn.Apply(lnn.TuckerConv2d, where="conv2", rank=(12, 8), strict=True))
