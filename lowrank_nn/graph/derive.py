@@ -31,8 +31,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
             return copy.deepcopy(model, memo).to("meta")
     except Exception as error:
         raise PlanError(
-            f"{type(model).__name__}: a copy is worked on, and copy.deepcopy(model) fails: {error}. Make the model copyable "
-            "(no tensors with a graph, open files or locks among its attributes)."
+            f"{type(model).__name__}: a copy is worked on, and copy.deepcopy(model) fails: {error}. Make the model "
+            "copyable (no tensors with a graph, open files or locks among its attributes)."
         ) from error
 
 

@@ -148,6 +148,6 @@ def _cannot_be_met(target: Budget, state: State, fixed: Cost, tables: list[SiteC
             stuck.setdefault(table.note, []).append(table.path)
     out_of_reach = "".join(f" It cannot change {', '.join(paths)}: {note}." for note, paths in stuck.items())
     return (
-        f"LowRank: the budget {', '.join(parts)} cannot be met with the layers it may change.{out_of_reach} Allow more, "
-        "let it change more layers, or add pruning or quantization steps."
+        f"LowRank: the budget {', '.join(parts)} cannot be met with the layers it may change.{out_of_reach} Allow "
+        "more, let it change more layers, or add pruning or quantization steps."
     )

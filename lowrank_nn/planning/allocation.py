@@ -41,8 +41,8 @@ def allocate(layers: Sequence[Choices], allowed: Floats) -> list[int] | None:
         allowed: What all layers together may cost, shape ``(entries,)``.
 
     Returns:
-        The index of the chosen candidate of each layer, or None if no choice is found that fits: with one entry there is
-        none; with several there may be one between the prices of the grid.
+        The index of the chosen candidate of each layer, or None if no choice is found that fits: with one entry
+        there is none; with several there may be one between the prices of the grid.
     """
     if not layers:
         return [] if bool((allowed >= 0).all()) else None

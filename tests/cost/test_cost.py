@@ -1,5 +1,7 @@
 """Costs by formula, against torch's own counter of flops."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +66,6 @@ def test_both_sides_are_timed_in_turn_and_in_both_orders():
     timing = compare_speed(lambda: calls.append("a"), lambda: calls.append("b"), rounds=4, warmup=2)
     rounds = ["".join(calls[i : i + 2]) for i in range(0, len(calls), 2)]
     assert sorted(rounds) == ["ab"] * 3 + ["ba"] * 3
-    assert all(first != second for first, second in zip(rounds, rounds[1:], strict=False))
+    assert all(first != second for first, second in itertools.pairwise(rounds))
     assert timing.first >= 0
     assert timing.ratio > 0

@@ -188,7 +188,7 @@ def test_prune_amounts(wrong):
 
 
 def test_prune_obd():
-    with pytest.raises(lnn.OptionError, match="needs batches=... and loss"):
+    with pytest.raises(lnn.OptionError, match=r"needs batches=\.\.\. and loss"):
         lnn.Prune(0.5, criterion="obd")
     net, calls = seeded(SmallNet).eval(), []
 
@@ -307,10 +307,10 @@ def test_a_model_without_anything_to_replace():
         lnn.Quantize(),
         lnn.Apply(lnn.TuckerConv2d, rank=(2, 2)),
     ):
-        with pytest.raises(lnn.PlanError, match="matches no layer that this step can act on. There are: none"):
+        with pytest.raises(lnn.PlanError, match=r"matches no layer that this step can act on\. There are: none"):
             lnn.compress_model(model, torch.ones(1, 3, 9), recipe)
 
 
 def test_full_ranks_are_refused_under_strict_since_they_save_nothing(net):
-    with pytest.raises(lnn.PlanError, match="conv2: .*would save nothing"):
+    with pytest.raises(lnn.PlanError, match=r"conv2: .*would save nothing"):
         run(net, lnn.Apply(lnn.TuckerConv2d, where="conv2", rank=(12, 8), strict=True))

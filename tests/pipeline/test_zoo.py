@@ -73,7 +73,8 @@ def compress(name, recipe, **options):
     try:
         return model, inputs, lnn.compress_model(model, inputs, recipe, calibration=[inputs], **options)
     except lnn.PlanError as error:  # such as CP on a model without convolutions
-        assert "There are: none" in str(error)
+        if "There are: none" not in str(error):
+            raise
         pytest.skip("no layer that this step can act on")
 
 

@@ -102,7 +102,7 @@ def convex_layer(size, spectrum):
     return Choices(tails, size * np.arange(len(tails), dtype=float)[:, None])
 
 
-@pytest.mark.parametrize("allowed", range(0, 13))
+@pytest.mark.parametrize("allowed", range(13))
 def test_equal_to_brute_force_on_the_hull(allowed):
     # Equal unit costs: the best choice takes the largest values of all spectra, for every budget.
     layers = [convex_layer(1, np.array(s)) for s in ([9.0, 4, 1, 0.1], [8.0, 5, 0.5, 0.2], [3.0, 2, 0.9, 0.05])]
