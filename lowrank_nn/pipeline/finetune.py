@@ -55,6 +55,8 @@ class FineTune(Step):
         schedule: Function of optimizer and number of steps that makes the learning rate schedule, stepped after every
             batch; left out, 5 % linear warm-up and then half a cosine to zero.
         lr: Learning rate of the default optimizer. A large one first destroys a good start.
+        teacher: Model to learn from, called like the given model, which it is if left out; never changed. For a model
+            that was compressed in an earlier call, name the dense one.
         loss: ``loss(model, batch)``, a scalar, in place of distillation. Any form of batch is possible then.
         temperature: Temperature T of the default loss.
         alpha: Share of the distillation term in the default loss, from 0 to 1.
@@ -85,6 +87,7 @@ class FineTune(Step):
         optimizer: MakeOptimizer | None = None,
         schedule: MakeSchedule | None = None,
         lr: float = 3e-4,
+        teacher: nn.Module | None = None,
         loss: BatchLoss | None = None,
         temperature: float = 4.0,
         alpha: float = 0.9,
@@ -112,7 +115,7 @@ class FineTune(Step):
         self.loader, self.epochs, self.lr, self.loss = loader, epochs, lr, loss
         self.optimizer = optimizer or self._adamw
         self.schedule = schedule or warm_cosine
-        self.temperature, self.alpha = temperature, alpha
+        self.teacher, self.temperature, self.alpha = teacher, temperature, alpha
         self.class_dim, self.ignore_index = class_dim, ignore_index
         self.guidance = [guidance] if isinstance(guidance, str) else guidance
         self.evaluate, self.restore_best = evaluate, restore_best
@@ -128,7 +131,8 @@ class FineTune(Step):
             PlanError: A path in ``guidance`` is not in the model.
         """
         if self.guidance is not None and not callable(self.guidance):
-            paths = [name for name, _ in state.dense.named_modules(remove_duplicate=False)]
+            teacher = self.teacher or state.dense
+            paths = [name for name, _ in teacher.named_modules(remove_duplicate=False)]
             missing = [path for path in self.guidance if path not in paths]
             if missing:
                 raise PlanError(f"FineTune: no layers {', '.join(missing)} for guidance. {describe_paths(paths)}")
@@ -144,7 +148,7 @@ class FineTune(Step):
             return
         device = next((p.device for p in state.model.parameters()), torch.device("cpu"))
         with distributed.process_group(device), trainable(state.model, state.dense):
-            teacher = teacher_of(state.dense)
+            teacher = teacher_of(self.teacher or state.dense)
             guidance = self._make_guidance(teacher, state.model)
             try:
                 Trainer(self, state, guidance, device).run(self._loss(state, teacher, guidance))

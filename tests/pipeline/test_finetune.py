@@ -604,3 +604,17 @@ def test_real_network_gets_better(data_dir):
     after = lnn.compress_model(model, images[:2], [low_rank, step], budget=budget, progress=False).model
     with torch.no_grad():
         assert agreement(after) > 0.85 * agreement(before)
+
+
+def test_another_teacher_is_followed_and_not_changed():
+    torch.manual_seed(0)
+    model, teacher = nn.Linear(6, 3), nn.Linear(6, 3)
+    before = copy.deepcopy(teacher.state_dict())
+    batches = [torch.randn(32, 6) for _ in range(8)]
+    step = lnn.FineTune(batches, epochs=30, lr=0.05, teacher=teacher)
+    result = lnn.compress_model(model, batches[0], [step], progress=False)
+    x = torch.randn(64, 6)
+    wanted = teacher(x).log_softmax(1)
+    distance = [(wanted - net(x).log_softmax(1)).abs().mean() for net in (model, result.model)]
+    assert distance[1] < 0.1 * distance[0]
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
