@@ -84,6 +84,25 @@ class CompressedConv2d(CompressedLayer):
         """Inputs that one output sums over, ``in_channels / groups * kh * kw``."""
         return math.prod(self.weight_shape[1:])
 
+    def make_pointwise(self, in_channels: int, out_channels: int, *, bias: bool, **factory: Any) -> nn.Conv2d:
+        """Build a 1 x 1 convolution in this layer's groups; ``factory`` is device and dtype."""
+        return nn.Conv2d(in_channels, out_channels, 1, groups=self.groups, bias=bias, **factory)
+
+    def make_spatial(self, in_channels: int, out_channels: int, *, bias: bool, **factory: Any) -> nn.Conv2d:
+        """Build a convolution with this layer's geometry and groups; ``factory`` is device and dtype."""
+        return nn.Conv2d(
+            in_channels,
+            out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            bias=bias,
+            padding_mode=self.padding_mode,
+            **factory,
+        )
+
     def output_shape(self, input_shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of the output, ``(*, out_channels, H', W')`` for an input ``(*, in_channels, H, W)``."""
         size = conv_output_size(input_shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation)

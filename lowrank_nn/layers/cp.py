@@ -169,7 +169,7 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
         limit = cp_full_rank((out_channels // groups, *self.weight_shape[1:]))
         self.rank: int = check_rank(type(self).__name__, rank, limit)
         channels = groups * self.rank
-        self.reduce = nn.Conv2d(in_channels, channels, 1, groups=groups, bias=False, device=device, dtype=dtype)
+        self.reduce = self.make_pointwise(in_channels, channels, bias=False, device=device, dtype=dtype)
         self.spatial: nn.Conv2d | None = None
         self.vertical: nn.Conv2d | None = None
         self.horizontal: nn.Conv2d | None = None
@@ -178,7 +178,7 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
         else:
             self.vertical = self._depthwise(channels, True, False, device, dtype)
             self.horizontal = self._depthwise(channels, False, True, device, dtype)
-        self.expand = nn.Conv2d(channels, out_channels, 1, groups=groups, bias=bias, device=device, dtype=dtype)
+        self.expand = self.make_pointwise(channels, out_channels, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
 
     def _depthwise(

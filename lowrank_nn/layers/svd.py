@@ -260,35 +260,12 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
         self.order: Order = order
         self.rank: int = check_rank(type(self).__name__, rank, min(rows, columns))
         between = groups * self.rank
-        self.reduce = self._convolution(in_channels, between, spatial_first, False, device, dtype)
-        self.expand = self._convolution(between, out_channels, not spatial_first, bias, device, dtype)
+        first, second = self.make_pointwise, self.make_spatial
+        if spatial_first:
+            first, second = second, first
+        self.reduce = first(in_channels, between, bias=False, device=device, dtype=dtype)
+        self.expand = second(between, out_channels, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
-
-    def _convolution(
-        self,
-        in_channels: int,
-        out_channels: int,
-        spatial: bool,
-        bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> nn.Conv2d:
-        """Build the convolution with this layer's kernel size and geometry, or a 1 x 1."""
-        if not spatial:
-            return nn.Conv2d(in_channels, out_channels, 1, groups=self.groups, bias=bias, device=device, dtype=dtype)
-        return nn.Conv2d(
-            in_channels,
-            out_channels,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            bias=bias,
-            padding_mode=self.padding_mode,
-            device=device,
-            dtype=dtype,
-        )
 
     @classmethod
     def from_pretrained_layer(cls, layer: nn.Module, *, rank: int | RankRule, order: Order = "spatial_first") -> Self:

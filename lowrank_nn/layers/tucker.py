@@ -175,25 +175,14 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
         rank_out, rank_in = self.rank
         core_in = in_channels if rank_in is None else groups * rank_in
         core_out = out_channels if rank_out is None else groups * rank_out
+        factory = {"device": device, "dtype": dtype}
         self.reduce: nn.Conv2d | None = None
         self.expand: nn.Conv2d | None = None
         if rank_in is not None:
-            self.reduce = nn.Conv2d(in_channels, core_in, 1, groups=groups, bias=False, device=device, dtype=dtype)
-        self.core = nn.Conv2d(
-            core_in,
-            core_out,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=groups,
-            bias=bias and rank_out is None,
-            padding_mode=padding_mode,
-            device=device,
-            dtype=dtype,
-        )
+            self.reduce = self.make_pointwise(in_channels, core_in, bias=False, **factory)
+        self.core = self.make_spatial(core_in, core_out, bias=bias and rank_out is None, **factory)
         if rank_out is not None:
-            self.expand = nn.Conv2d(core_out, out_channels, 1, groups=groups, bias=bias, device=device, dtype=dtype)
+            self.expand = self.make_pointwise(core_out, out_channels, bias=bias, **factory)
         self.reset_parameters()
 
     @classmethod

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 _BISECTIONS = 60
-_PRICE_STEPS = 8
+_PRICE_STEPS = (8, 48)  # the fine grid only where nothing on the coarse one fits
 
 
 class Choices(NamedTuple):
@@ -46,8 +46,17 @@ def allocate(layers: Sequence[Choices], allowed: Floats) -> list[int] | None:
     """
     if not layers:
         return [] if bool((allowed >= 0).all()) else None
+    for steps in _PRICE_STEPS:
+        best = _best_over_prices(layers, allowed, steps)
+        if best is not None:
+            return best
+    return None
+
+
+def _best_over_prices(layers: Sequence[Choices], allowed: Floats, steps: int) -> list[int] | None:
+    """Return the best choice that fits over a grid of prices; None if there is none."""
     best: list[int] | None = None
-    for prices in _prices(len(allowed)):
+    for prices in _prices(len(allowed), steps):
         chosen = _cheapest_multiplier(layers, allowed, prices)
         if chosen is None:
             continue
@@ -57,11 +66,11 @@ def allocate(layers: Sequence[Choices], allowed: Floats) -> list[int] | None:
     return best
 
 
-def _prices(entries: int) -> Iterator[Floats]:
+def _prices(entries: int, steps: int) -> Iterator[Floats]:
     """Yield price vectors that sum to one, on a regular grid."""
-    for parts in itertools.product(range(_PRICE_STEPS + 1), repeat=entries - 1):
-        if sum(parts) <= _PRICE_STEPS:
-            yield np.array([*parts, _PRICE_STEPS - sum(parts)]) / _PRICE_STEPS
+    for parts in itertools.product(range(steps + 1), repeat=entries - 1):
+        if sum(parts) <= steps:
+            yield np.array([*parts, steps - sum(parts)]) / steps
 
 
 def _cheapest_multiplier(layers: Sequence[Choices], allowed: Floats, prices: Floats) -> list[int] | None:
