@@ -12,25 +12,22 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lowrank_nn.cost import Cost
-from lowrank_nn.errors import CalibrationError, OptionError
+from lowrank_nn.errors import OptionError
 from lowrank_nn.layers._affine import (
     Grid,
-    accumulator_dtype,
     affine_parameters,
     dequantize,
     fake_quantize,
-    integer_product,
     quantize,
     signed_grid,
     symmetric_grid,
     symmetric_scale,
-    unsigned_grid,
-    widened,
 )
-from lowrank_nn.layers._base import CompressedLayer, Packing
+from lowrank_nn.layers._base import Packing
+from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._masks import keep_largest
-from lowrank_nn.layers._observers import make_observer
 from lowrank_nn.layers._pruned import PrunedLayer
+from lowrank_nn.layers._quant_input import check_calibration
 from lowrank_nn.layers._shapes import draw_bias_
 from lowrank_nn.layers._source import read_layer
 from lowrank_nn.layers._window import Window, crop_window
@@ -41,7 +38,7 @@ BUFFERS = ("weight_int", "weight_scale", "weight_zero_point", "mask", "input_sca
 UNCALIBRATED = (-4.0, 4.0)  # four standard deviations of a normalised input
 
 
-class QuantLayer(CompressedLayer):
+class QuantLayer(IntegerLayer):
     """Base of the layers whose weight, and input where asked for, lies on a grid of integers.
 
     The weight is in one of two states. Frozen, it is int8 integers and their scale; nothing of it trains. Not frozen,
@@ -51,7 +48,6 @@ class QuantLayer(CompressedLayer):
     Attributes:
         bits: Bits per weight.
         scheme: ``"symmetric"`` or ``"affine"``.
-        activation_bits: Bits per input entry, or None.
         frozen: Which of the two states the weight is in.
         window: Place of the stored kernel in the dense weight, or None where it is all of it.
         nonzeros: Entries of the stored kernel that the mask keeps, or None where there is no mask.
@@ -60,8 +56,6 @@ class QuantLayer(CompressedLayer):
         weight_scale: The scale, ``(O,)`` (symmetric) or 0-dimensional (affine); None when not frozen.
         weight_zero_point: The integer that stands for 0, 0-dimensional; None when not frozen or symmetric.
         mask: Bool buffer of the stored kernel's shape: which entries are not held at zero; or None.
-        input_scale: Scale of the input, 0-dimensional; None without ``activation_bits``.
-        input_zero_point: Zero point of the input, 0-dimensional; None without ``activation_bits``.
     """
 
     main_options = ("bits", "activation_bits")
@@ -71,8 +65,6 @@ class QuantLayer(CompressedLayer):
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
     mask: Tensor | None
-    input_scale: Tensor | None
-    input_zero_point: Tensor | None
     bias: nn.Parameter | None
     window: Window | None = None
 
@@ -167,7 +159,7 @@ class QuantLayer(CompressedLayer):
             OptionError: An option has a value that is not allowed, or has no effect beside the others.
             CalibrationError: ``activation_bits`` without range, or a range or inputs that cannot be used.
         """
-        _check_calibration(cls.__name__, activation_bits, inputs, input_range)
+        check_calibration(cls.__name__, activation_bits, inputs, input_range)
         source = read_layer(layer, cls)
         options: dict[str, Any] = {"bits": bits, "scheme": scheme, "activation_bits": activation_bits}
         new = source.empty(cls, **options, frozen=frozen, **_sparsity(layer))
@@ -263,101 +255,10 @@ class QuantLayer(CompressedLayer):
             codes = torch.where(self.mask, codes, zero_point.to(torch.int8))
         return codes, scale, zero_point
 
-    def calibrate(self, inputs: Tensor | Iterable[Tensor], *, observer: str = "minmax") -> None:
-        """Choose the range of the quantized input from what the layer is called with on typical data.
-
-        Args:
-            inputs: A tensor, or an iterable of tensors; taken one at a time.
-            observer: ``"minmax"``, ``"percentile"`` or ``"mse"``.
-
-        Raises:
-            OptionError: There is no such observer.
-            CalibrationError: There are no values, or they are not finite floats; or the layer has no
-                ``activation_bits``.
-        """
-        _, _, grid = self._input_grid("calibrate")
-        watcher = make_observer(observer, grid.high.bit_length())
-        try:
-            for x in (inputs,) if isinstance(inputs, Tensor) else inputs:
-                watcher.observe(x)
-            low, high = watcher.range()
-        except CalibrationError as error:
-            raise CalibrationError(f"{type(self).__name__}: {error.message}") from error
-        self.set_input_range(low, high)
-
-    @torch.no_grad()
-    def set_input_range(self, low: float, high: float) -> None:
-        """Set the range of the quantized input to [min(low, 0), max(high, 0)]; inputs beyond it are clipped.
-
-        Raises:
-            CalibrationError: The numbers are not finite, or ``low`` is above ``high``; or the layer has no
-                ``activation_bits``.
-        """
-        stored_scale, stored_zero_point, grid = self._input_grid("set_input_range")
-        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-            raise CalibrationError(
-                f"{type(self).__name__}: the input range must be two finite numbers (min, max), got ({low}, {high})."
-            )
-        ends = torch.tensor([low, high], dtype=torch.float64)
-        scale, zero_point = affine_parameters(ends[0], ends[1], grid, stored_scale.dtype)
-        stored_scale.copy_(scale)
-        stored_zero_point.copy_(zero_point)
-
-    def integer_forward(self, x: Tensor) -> Tensor:
-        """Compute the layer in integers: uint8 inputs, int8 weights, int32 sums; scale and bias come last.
-
-        Bit for bit what integer hardware computes, and up to float rounding what ``forward`` does: the reference for
-        fast kernels, not fast itself. The bias is added in floating point. No gradients.
-
-        Args:
-            x: Input of the same shape as for ``forward``.
-
-        Raises:
-            CalibrationError: The layer has no ``activation_bits``.
-        """
-        input_scale, _, _ = self._input_grid("integer_forward")
-        sums, wide = self.integer_accumulators(x), widened(x.dtype)
-        per_channel = (-1, *(1,) * (len(self.weight_shape) - 2))
-        scale = input_scale.to(wide) * self.integer_weight()[1].to(wide)
-        y = sums.to(wide) * scale.reshape(per_channel)
-        if self.bias is not None:
-            y = y + self.bias.detach().to(wide).reshape(per_channel)
-        return y.to(x.dtype)
-
-    @torch.no_grad()
-    def integer_accumulators(self, x: Tensor) -> Tensor:
-        """Return sum (q_x - z_x) (q_w - z_w) per output, of the output's shape, in the zero-point algebra.
-
-        int32; int64 where so many products are summed that int32 could overflow (over 33,025 at 8 and 8 bits).
-
-        Raises:
-            CalibrationError: The layer has no ``activation_bits``.
-        """
-        scale, x_zero, grid = self._input_grid("integer_accumulators")
-        codes, _, w_zero = self.integer_weight()
-        patches = self._patches(quantize(x, scale, x_zero, grid, torch.uint8), x_zero)
-        weights = codes.reshape(patches.shape[0], -1, patches.shape[2]).transpose(1, 2)
-        dtype = accumulator_dtype(patches.shape[2], grid, self._weight_grid)
-        sums = integer_product(patches, weights, x_zero, w_zero, dtype)
-        return self._fold(sums, self.output_shape(x.shape))
-
-    @property
-    @abc.abstractmethod
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight, output channels first."""
-
     @property
     @abc.abstractmethod
     def fan_in(self) -> int:
         """Inputs that one output sums over."""
-
-    @abc.abstractmethod
-    def _patches(self, codes: Tensor, zero_point: Tensor) -> Tensor:
-        """Return what each output multiplies, ``(groups, positions, K)``, of the input's integers ``codes``."""
-
-    @abc.abstractmethod
-    def _fold(self, sums: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return sums ``(groups, positions, channels)`` in the output's ``shape``."""
 
     def stages(self) -> Iterator[nn.Module]:
         """Yield nothing: the layer is a leaf."""
@@ -389,11 +290,6 @@ class QuantLayer(CompressedLayer):
         size += sum(t.numel() * t.element_size() for t in beside if t is not None)
         positions = math.prod(self.output_shape(input_shape)) // kernel.shape[0]
         return Cost(params=stored + biases, macs=positions * stored, bytes=size, nonzeros=kept + biases)
-
-    def _quantized_input(self, x: Tensor) -> Tensor:
-        if self.activation_bits is None:
-            return x
-        return fake_quantize(x, *self._input_grid("forward"))
 
     @property
     def _weight_grid(self) -> Grid:
@@ -435,17 +331,6 @@ class QuantLayer(CompressedLayer):
         """Return ``scale`` in a shape that broadcasts to the stored kernel."""
         return scale.reshape(-1, *(1,) * (len(self.weight_shape) - 1))
 
-    def _input_grid(self, method: str) -> tuple[Tensor, Tensor, Grid]:
-        """Return scale, zero point and grid of the quantized input, which ``method`` needs."""
-        if self.activation_bits is None:
-            raise CalibrationError(
-                f"{type(self).__name__}: {method} needs a quantized input, and this layer quantizes weights only. "
-                "Build it with activation_bits=8."
-            )
-        assert self.input_scale is not None
-        assert self.input_zero_point is not None
-        return self.input_scale, self.input_zero_point, unsigned_grid(self.activation_bits)
-
 
 def _sparsity(layer: nn.Module) -> dict[str, Any]:
     """Return the options that carry over what of ``layer`` is pruned."""
@@ -453,18 +338,3 @@ def _sparsity(layer: nn.Module) -> dict[str, Any]:
         return {}
     options: dict[str, Any] = {} if layer.window is None else {"window": layer.window}
     return options | {"nonzeros": layer.nonzeros if layer.nonzeros < layer.kernel.numel() else None}
-
-
-def _check_calibration(name: str, activation_bits: int | None, inputs: Any, input_range: Any) -> None:
-    given = [option for option, value in (("inputs", inputs), ("input_range", input_range)) if value is not None]
-    if activation_bits is None and given:
-        raise OptionError(
-            f"{name}: {' and '.join(given)} has no effect without activation_bits. Pass activation_bits=8 as well."
-        )
-    if activation_bits is not None and not given:
-        raise CalibrationError(
-            f"{name}: activation_bits={activation_bits} needs to know the range of the layer's input. Pass inputs=, "
-            "tensors that the layer sees on typical data, or input_range=(min, max)."
-        )
-    if len(given) == 2:
-        raise OptionError(f"{name}: inputs and input_range say the same thing twice; pass one of them.")

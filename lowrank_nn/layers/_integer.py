@@ -1,0 +1,77 @@
+"""The integer reference of the quantized layers: what a fast kernel must compute, bit for bit."""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from lowrank_nn.layers._affine import Grid, accumulator_dtype, integer_product, quantize, widened
+from lowrank_nn.layers._quant_input import QuantizedInputLayer
+
+
+class IntegerLayer(QuantizedInputLayer):
+    """Base of the layers that can compute in integers: y = s_x s_w sum (q_x - z_x) (q_w - z_w) + b."""
+
+    bias: torch.nn.Parameter | None
+
+    def integer_forward(self, x: Tensor) -> Tensor:
+        """Compute the layer in integers: uint8 inputs, int8 weights, int32 sums; scale and bias come last.
+
+        Bit for bit what integer hardware computes, and up to float rounding what ``forward`` does: the reference for
+        fast kernels, not fast itself. The bias is added in floating point. No gradients.
+
+        Args:
+            x: Input of the same shape as for ``forward``.
+
+        Raises:
+            CalibrationError: The layer has no ``activation_bits``.
+        """
+        input_scale, _, _ = self._input_grid("integer_forward")
+        sums, wide = self.integer_accumulators(x), widened(x.dtype)
+        per_channel = (-1, *(1,) * (len(self.weight_shape) - 2))
+        scale = input_scale.to(wide) * self.integer_weight()[1].to(wide)
+        y = sums.to(wide) * scale.reshape(per_channel)
+        if self.bias is not None:
+            y = y + self.bias.detach().to(wide).reshape(per_channel)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def integer_accumulators(self, x: Tensor) -> Tensor:
+        """Return sum (q_x - z_x) (q_w - z_w) per output, of the output's shape, in the zero-point algebra.
+
+        int32; int64 where so many products are summed that int32 could overflow (over 33,025 at 8 and 8 bits).
+
+        Raises:
+            CalibrationError: The layer has no ``activation_bits``.
+        """
+        scale, x_zero, grid = self._input_grid("integer_accumulators")
+        codes, _, w_zero = self.integer_weight()
+        patches = self._patches(quantize(x, scale, x_zero, grid, torch.uint8), x_zero)
+        weights = codes.reshape(patches.shape[0], -1, patches.shape[2]).transpose(1, 2)
+        dtype = accumulator_dtype(patches.shape[2], grid, self._weight_grid)
+        sums = integer_product(patches, weights, x_zero, w_zero, dtype)
+        return self._fold(sums, self.output_shape(x.shape))
+
+    @abc.abstractmethod
+    def integer_weight(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weight's codes, scale and zero point: weight = scale (codes - zero_point)."""
+
+    @property
+    @abc.abstractmethod
+    def _weight_grid(self) -> Grid:
+        """The integers that a weight may be."""
+
+    @property
+    @abc.abstractmethod
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight, output channels first."""
+
+    @abc.abstractmethod
+    def _patches(self, codes: Tensor, zero_point: Tensor) -> Tensor:
+        """Return what each output multiplies, ``(groups, positions, K)``, of the input's integers ``codes``."""
+
+    @abc.abstractmethod
+    def _fold(self, sums: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return sums ``(groups, positions, channels)`` in the output's ``shape``."""

@@ -1,0 +1,100 @@
+"""The input side of the quantized layers: a range measured on data, and the rounding to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_nn.errors import CalibrationError, OptionError
+from lowrank_nn.layers._affine import Grid, affine_parameters, fake_quantize, unsigned_grid
+from lowrank_nn.layers._base import CompressedLayer
+from lowrank_nn.layers._observers import make_observer
+
+
+class QuantizedInputLayer(CompressedLayer):
+    """Base of the layers that may round their input to unsigned integers, one scale and zero point for all of it.
+
+    Attributes:
+        activation_bits: Bits per input entry, or None where the input stays as it is.
+        input_scale: Scale of the input, 0-dimensional; None without ``activation_bits``.
+        input_zero_point: Zero point of the input, 0-dimensional; None without ``activation_bits``.
+    """
+
+    activation_bits: int | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def calibrate(self, inputs: Tensor | Iterable[Tensor], *, observer: str = "minmax") -> None:
+        """Choose the range of the quantized input from what the layer is called with on typical data.
+
+        Args:
+            inputs: A tensor, or an iterable of tensors; taken one at a time.
+            observer: ``"minmax"``, ``"percentile"`` or ``"mse"``.
+
+        Raises:
+            OptionError: There is no such observer.
+            CalibrationError: There are no values, or they are not finite floats; or the layer has no
+                ``activation_bits``.
+        """
+        _, _, grid = self._input_grid("calibrate")
+        watcher = make_observer(observer, grid.high.bit_length())
+        try:
+            for x in (inputs,) if isinstance(inputs, Tensor) else inputs:
+                watcher.observe(x)
+            low, high = watcher.range()
+        except CalibrationError as error:
+            raise CalibrationError(f"{type(self).__name__}: {error.message}") from error
+        self.set_input_range(low, high)
+
+    @torch.no_grad()
+    def set_input_range(self, low: float, high: float) -> None:
+        """Set the range of the quantized input to [min(low, 0), max(high, 0)]; inputs beyond it are clipped.
+
+        Raises:
+            CalibrationError: The numbers are not finite, or ``low`` is above ``high``; or the layer has no
+                ``activation_bits``.
+        """
+        stored_scale, stored_zero_point, grid = self._input_grid("set_input_range")
+        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+            raise CalibrationError(
+                f"{type(self).__name__}: the input range must be two finite numbers (min, max), got ({low}, {high})."
+            )
+        ends = torch.tensor([low, high], dtype=torch.float64)
+        scale, zero_point = affine_parameters(ends[0], ends[1], grid, stored_scale.dtype)
+        stored_scale.copy_(scale)
+        stored_zero_point.copy_(zero_point)
+
+    def _quantized_input(self, x: Tensor) -> Tensor:
+        if self.activation_bits is None:
+            return x
+        return fake_quantize(x, *self._input_grid("forward"))
+
+    def _input_grid(self, method: str) -> tuple[Tensor, Tensor, Grid]:
+        """Return scale, zero point and grid of the quantized input, which ``method`` needs."""
+        if self.activation_bits is None:
+            raise CalibrationError(
+                f"{type(self).__name__}: {method} needs a quantized input, and this layer quantizes weights only. "
+                "Build it with activation_bits=8."
+            )
+        assert self.input_scale is not None
+        assert self.input_zero_point is not None
+        return self.input_scale, self.input_zero_point, unsigned_grid(self.activation_bits)
+
+
+def check_calibration(name: str, activation_bits: int | None, inputs: Any, input_range: Any) -> None:
+    given = [option for option, value in (("inputs", inputs), ("input_range", input_range)) if value is not None]
+    if activation_bits is None and given:
+        raise OptionError(
+            f"{name}: {' and '.join(given)} has no effect without activation_bits. Pass activation_bits=8 as well."
+        )
+    if activation_bits is not None and not given:
+        raise CalibrationError(
+            f"{name}: activation_bits={activation_bits} needs to know the range of the layer's input. Pass inputs=, "
+            "tensors that the layer sees on typical data, or input_range=(min, max)."
+        )
+    if len(given) == 2:
+        raise OptionError(f"{name}: inputs and input_range say the same thing twice; pass one of them.")
