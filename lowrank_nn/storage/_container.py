@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import secrets
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ def make_header(structure: Any, entries: Mapping[str, Entry]) -> bytes:
         structure: The JSON structure.
         entries: Dtype and shape of every payload, in the order in which they follow.
     """
-    metadata = {"format": FORMAT, "version": str(VERSION), "structure": _dump(structure)}
+    metadata = {"format": FORMAT, "version": str(VERSION), "structure": pack_json(structure)}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for key, (dtype, shape) in entries.items():
@@ -121,6 +123,27 @@ def read_file(path: Path) -> Contents:
     return Contents(structure, payloads, stored_as)
 
 
+def pack_json(value: Any) -> str:
+    """Return ``value`` as JSON, deflated, in base64: deep networks repeat the same words hundreds of times."""
+    return base64.b64encode(zlib.compress(_dump(value).encode(), 9)).decode()
+
+
+def unpack_json(text: str) -> Any:
+    """Read back :func:`pack_json`; what inflates to more than a header may hold is refused before it does.
+
+    Raises:
+        FileFormatError: ``text`` is not of that form.
+    """
+    inflater = zlib.decompressobj()
+    try:
+        inflated = inflater.decompress(base64.b64decode(text, validate=True), MAX_HEADER)
+    except (ValueError, zlib.error) as error:
+        raise FileFormatError(f"the structure cannot be inflated ({error}): the file is damaged.") from error
+    if not inflater.eof or inflater.unused_data:
+        raise FileFormatError("the structure is cut short, too long, or followed by something else.")
+    return _parse(inflated, "structure")
+
+
 def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
@@ -161,7 +184,7 @@ def _open_metadata(header: Any) -> Any:
     structure = metadata.get("structure")
     if not isinstance(structure, str):
         raise FileFormatError("the structure is missing.")
-    return _parse(structure.encode(), "structure")
+    return unpack_json(structure)
 
 
 def _split(header: dict[str, Any], data: Tensor) -> tuple[dict[str, Tensor], dict[str, Entry]]:

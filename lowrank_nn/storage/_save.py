@@ -6,14 +6,14 @@ import dataclasses
 import os
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lowrank_nn.layers import Packing
 from lowrank_nn.storage._container import digest, make_header, write_file
 from lowrank_nn.storage._encoding import DTYPES, Encoding, choose_encoding, encode
 from lowrank_nn.storage._structure import LayerEntry, StoredTensor, Structure, describe_layers, packings, state_tensors
-
-NO_DIGEST = "0" * 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,9 @@ class _Draft:
     def mask_of(self, key: str) -> Tensor | None:
         mask = self.encodings[key].mask
         return None if mask is None else self.tensors[mask]
+
+    def payload(self, key: str) -> NDArray[np.uint8]:
+        return encode(self.tensors[key], self.encodings[key], self.mask_of(key))
 
     def header(self, digests: dict[str, str]) -> bytes:
         stored = {key: StoredTensor(encoding, digests[key]) for key, encoding in self.encodings.items()}
@@ -55,7 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
             extra state), listing every reason; or the folder does not exist.
     """
     draft = _draft(model)
-    payloads = {key: encode(draft.tensors[key], e, draft.mask_of(key)) for key, e in draft.encodings.items()}
+    payloads = {key: draft.payload(key) for key in draft.encodings}
     header = draft.header({key: digest(payload) for key, payload in payloads.items()})
     return write_file(Path(path), header, list(payloads.values()))
 
@@ -70,7 +73,7 @@ def packed_size(model: nn.Module) -> int:
         OptionError: The model cannot be written.
     """
     draft = _draft(model)
-    header = draft.header(dict.fromkeys(draft.encodings, NO_DIGEST))
+    header = draft.header({key: digest(draft.payload(key)) for key in draft.encodings})
     return len(header) + sum(encoding.nbytes for encoding in draft.encodings.values())
 
 

@@ -1,8 +1,10 @@
+import base64
 import copy
 import json
 import random
 import re
 import struct
+import zlib
 
 import pytest
 import safetensors.torch
@@ -15,7 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from lowrank_nn.errors import FileFormatError, OptionError
 from lowrank_nn.layers import SVDLinear
 from lowrank_nn.storage import load, packed_size, save
-from lowrank_nn.storage._container import _checksum, make_header
+from lowrank_nn.storage._container import MAX_HEADER, _checksum, make_header, pack_json, unpack_json
 from tests.storage.models import (
     MaskedLinear,
     SmallNet,
@@ -53,9 +55,9 @@ def header_of(data):
 def forged(data, edit):
     """The file with an edited header under a right checksum, as a hostile writer would make it."""
     header, payload = header_of(data)
-    structure = json.loads(header["__metadata__"]["structure"])
+    structure = unpack_json(header["__metadata__"]["structure"])
     edit(header, structure)
-    header["__metadata__"]["structure"] = json.dumps(structure)
+    header["__metadata__"]["structure"] = pack_json(structure)
     del header["__metadata__"]["checksum"]
     header["__metadata__"]["checksum"] = _checksum(header)
     text = json.dumps(header).encode()
@@ -268,7 +270,7 @@ def test_entries_that_lie(name, value, message, good, scratch):
 )
 def test_packed_tensors_that_lie(fields, good, scratch):
     header, _ = header_of(good)
-    checksum = json.loads(header["__metadata__"]["structure"])["tensors"]["fc.expand.bias"]
+    checksum = unpack_json(header["__metadata__"]["structure"])["tensors"]["fc.expand.bias"]
     message = refusal(scratch, forged(good, set_tensor(**{"checksum": checksum, **fields})), SmallNet())
     assert "'fc.expand.bias'" in message
 
@@ -395,3 +397,23 @@ def test_a_header_checks_itself():
     header, _ = header_of(make_header({"layers": []}, {"a": ("F32", (2, 3)), "b": ("U8", ())}))
     assert header["b"]["data_offsets"] == [24, 25]
     assert re.fullmatch("[0-9a-f]{32}", header["__metadata__"]["checksum"])
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        ("no base64!", "cannot be inflated"),
+        (base64.b64encode(b"no zlib").decode(), "cannot be inflated"),
+        (base64.b64encode(zlib.compress(b"{}")[:-3]).decode(), "cut short"),
+        (base64.b64encode(zlib.compress(b"{}") + b"more").decode(), "followed by something else"),
+        (base64.b64encode(zlib.compress(bytes(MAX_HEADER + 1))).decode(), "too long"),
+        (base64.b64encode(zlib.compress(b"[" * 10**6)).decode(), "not valid JSON"),
+    ],
+)
+def test_structures_that_do_not_inflate(structure, message, good, scratch):
+    header, payload = header_of(good)
+    header["__metadata__"]["structure"] = structure
+    del header["__metadata__"]["checksum"]
+    header["__metadata__"]["checksum"] = _checksum(header)
+    text = json.dumps(header).encode()
+    assert message in refusal(scratch, struct.pack("<Q", len(text)) + text + payload, SmallNet())

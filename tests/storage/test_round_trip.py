@@ -1,5 +1,4 @@
 import copy
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 from lowrank_nn.layers import LAYERS, PrunedConv2d, SVDConv2d, SVDLinear, TuckerConv2d
 from lowrank_nn.layers.quant import QuantConv2d
 from lowrank_nn.storage import load, packed_size, save, stored_bytes
+from lowrank_nn.storage._container import unpack_json
 from lowrank_nn.testing import CASES, refuses
 from lowrank_nn.testing._tools import built
 from tests.storage.models import (
@@ -38,7 +38,7 @@ torch.save(model(torch.load(sys.argv[2], weights_only=True)), sys.argv[3])
 
 def structure_of(path):
     with safetensors.safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["structure"])
+        return unpack_json(file.metadata()["structure"])
 
 
 def layer_cases():
