@@ -40,8 +40,10 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         U, Vh = U[:, :rank], Vh[:rank]
         signs, root = column_signs(U), S[:rank].sqrt()
         return U * (signs * root), (signs * root)[:, None] * Vh
-    basis = _left_basis(matrix.float(), rank)
-    return _balance(basis * column_signs(basis), matrix)
+    basis, projected = _project(matrix.float(), rank)
+    signs = column_signs(basis)
+    left, right = _balance(basis * signs, projected * signs.float()[:, None])
+    return left.to(matrix.dtype), right.to(matrix.dtype)
 
 
 @torch.no_grad()
@@ -68,17 +70,18 @@ def singular_values(matrix: Tensor) -> Tensor:
     return eigenvalues.flip(0).clamp(min=0).sqrt()
 
 
-def _left_basis(matrix: Tensor, rank: int) -> Tensor:
-    """Return the ``rank`` leading left singular vectors of a wide float32 matrix, in float64."""
+def _project(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the ``rank`` leading left singular vectors U of a wide float32 matrix, in float64, and U^T matrix."""
     short = matrix.shape[0]
     size = rank + max(rank // 4, 10)
     if short > _EXACT_LIMIT and 2 * size <= short:
-        return _subspace_basis(matrix, rank, size)
-    return leading_eigenvectors(gram(matrix, torch.float64), rank)
+        return _project_on_subspace(matrix, rank, size)
+    basis = leading_eigenvectors(gram(matrix, torch.float64), rank)
+    return basis, basis.float().T @ matrix
 
 
-def _subspace_basis(matrix: Tensor, rank: int, size: int) -> Tensor:
-    """Return the leading left singular vectors by subspace iteration on the Gram matrix, shape (m, rank)."""
+def _project_on_subspace(matrix: Tensor, rank: int, size: int) -> tuple[Tensor, Tensor]:
+    """Do the same by subspace iteration on the Gram matrix, with ``size`` vectors."""
     lower = gram(matrix, matrix.dtype)
     full = lower.tril() + lower.tril(-1).T
     generator = torch.Generator().manual_seed(0)
@@ -89,15 +92,13 @@ def _subspace_basis(matrix: Tensor, rank: int, size: int) -> Tensor:
     # brings them back.
     row_basis = torch.linalg.qr(matrix.T @ basis).Q
     basis = torch.linalg.qr(matrix @ row_basis).Q
-    rotation = leading_eigenvectors(gram(basis.T @ matrix, torch.float64), rank)
-    vectors: Tensor = basis.double() @ rotation
-    return vectors
+    projected = basis.T @ matrix
+    rotation = leading_eigenvectors(gram(projected, torch.float64), rank)
+    return basis.double() @ rotation, rotation.float().T @ projected
 
 
-def _balance(basis: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Split ``basis basis^T matrix`` into two factors of equal norms, in the dtype of ``matrix``."""
-    right = basis.float().T @ matrix.float()
-    root = torch.linalg.vector_norm(right, dim=1, dtype=torch.float64).sqrt()
+def _balance(basis: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+    """Split ``basis projected`` into two factors whose columns and rows have equal norms."""
+    root = torch.linalg.vector_norm(projected, dim=1, dtype=torch.float64).sqrt()
     inverse = torch.where(root > 0, 1 / root, 0.0)
-    left = (basis * root).to(matrix.dtype)
-    return left, (right * inverse[:, None]).to(matrix.dtype)
+    return basis * root, projected * inverse.to(projected.dtype)[:, None]
