@@ -82,8 +82,10 @@ def _project(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _project_on_subspace(matrix: Tensor, rank: int, size: int) -> tuple[Tensor, Tensor]:
     """Do the same by subspace iteration on the Gram matrix, with ``size`` vectors."""
-    lower = gram(matrix, matrix.dtype)
-    full = lower.tril() + lower.tril(-1).T
+    lower = gram(matrix, matrix.dtype).tril_()
+    full = lower + lower.T
+    full.diagonal().div_(2)
+    del lower
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn((matrix.shape[0], size), generator=generator).to(matrix)
     for _ in range(_SUBSPACE_ITERATIONS):
