@@ -86,6 +86,12 @@ class QuantizedInputLayer(CompressedLayer):
 
 
 def check_calibration(name: str, activation_bits: int | None, inputs: Any, input_range: Any) -> None:
+    """Refuse a range without quantized inputs, quantized inputs without a range, and two ranges.
+
+    Raises:
+        CalibrationError: ``activation_bits`` is given, and neither ``inputs`` nor ``input_range`` is.
+        OptionError: ``inputs`` or ``input_range`` is given without ``activation_bits``, or both are given.
+    """
     given = [option for option, value in (("inputs", inputs), ("input_range", input_range)) if value is not None]
     if activation_bits is None and given:
         raise OptionError(
