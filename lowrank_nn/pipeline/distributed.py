@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
@@ -11,8 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
@@ -20,24 +18,21 @@ from torch.utils.data import DistributedSampler
 from lowrank_nn.errors import TrainingError
 from lowrank_nn.pipeline.random_state import random_states, seed_all, set_random_states
 
-_GROUPS = itertools.count()
+
+def join_processes(device: torch.device) -> None:
+    """Join the processes that ``torchrun`` started; a group that the caller has joined already is left alone.
+
+    The group stays until the process ends: destroying one while its threads still hold tensors can deadlock, and the
+    next step would only build it again.
+    """
+    if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
 
 
-@contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that ``torchrun`` started; a group that the caller has joined already is left alone."""
-    ours = dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized()
-    if ours:
-        # Processes find each other through a store that outlives the group. Under a name that was used before they
-        # would find the addresses of the last group.
-        store, own, size = next(rendezvous("env://"))
-        store = PrefixStore(f"lowrank_nn/{next(_GROUPS)}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=own, world_size=size)
-    try:
-        yield
-    finally:
-        if ours:
-            dist.destroy_process_group()
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world_size() -> int:

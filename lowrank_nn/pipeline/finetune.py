@@ -147,7 +147,8 @@ class FineTune(Step):
         if state.dry:
             return
         device = next((p.device for p in state.model.parameters()), torch.device("cpu"))
-        with distributed.process_group(device), trainable(state.model, state.dense):
+        distributed.join_processes(device)
+        with trainable(state.model, state.dense):
             teacher = teacher_of(self.teacher or state.dense)
             guidance = self._make_guidance(teacher, state.model)
             try:

@@ -291,8 +291,8 @@ def test_in_one_process_nothing_is_distributed():
     assert distributed.world_size() == 1
     assert distributed.rank() == 0
     assert distributed.wrap(model) is model
-    with distributed.process_group(torch.device("cpu")):
-        assert not torch.distributed.is_initialized()
+    distributed.join_processes(torch.device("cpu"))
+    assert not torch.distributed.is_initialized()
 
 
 if __name__ == "__main__":
