@@ -61,8 +61,8 @@ def column_signs(columns: Tensor) -> Tensor:
     return torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
 
 
-def leading_left_vectors(matrix: Tensor, rank: int, *, exact: bool = False) -> Tensor:
-    """Return an orthonormal basis of the ``rank`` leading left singular vectors.
+def leading_left_vectors(matrix: Tensor, rank: int, *, exact: bool = False) -> tuple[Tensor, float]:
+    """Return an orthonormal basis of the ``rank`` leading left singular vectors, and the energy it keeps.
 
     Args:
         matrix: Shape (m, n).
@@ -71,10 +71,13 @@ def leading_left_vectors(matrix: Tensor, rank: int, *, exact: bool = False) -> T
             and so loses directions below sqrt(eps) of the largest singular value.
 
     Returns:
-        Orthonormal columns, shape (m, rank), in the dtype of ``matrix``, of whatever sign.
+        Orthonormal columns, shape (m, rank), in the dtype of ``matrix``, of whatever sign; and the sum of the squares
+        of their singular values.
     """
     if not exact:
-        return leading_eigenvectors(gram(matrix, matrix.dtype), rank)
+        values, vectors = torch.linalg.eigh(gram(matrix, matrix.dtype))
+        first = len(values) - rank
+        return vectors[:, first:].flip(1), float(values[first:].sum(dtype=torch.float64))
     rows, columns = matrix.shape
-    vectors: Tensor = torch.linalg.svd(matrix, full_matrices=rank > min(rows, columns))[0]
-    return vectors[:, :rank]
+    vectors, values, _ = torch.linalg.svd(matrix, full_matrices=rank > min(rows, columns))
+    return vectors[:, :rank], float(values[:rank].double().square().sum())

@@ -29,7 +29,9 @@ class TuckerFactors(NamedTuple):
 
 
 @torch.no_grad()
-def tucker2(kernel: Tensor, rank: tuple[int | None, int | None], *, sweeps: int = 3) -> TuckerFactors:
+def tucker2(
+    kernel: Tensor, rank: tuple[int | None, int | None], *, sweeps: int = 20, tolerance: float = 5e-5
+) -> TuckerFactors:
     r"""Decompose a kernel along its two channel modes (Tucker-2; Tucker-1 where one rank is None).
 
     .. math:: K_{o i p} \approx \sum_{a b} U^{out}_{o a} \, G_{a b p} \, U^{in}_{i b}
@@ -42,8 +44,10 @@ def tucker2(kernel: Tensor, rank: tuple[int | None, int | None], *, sweeps: int 
     Args:
         kernel: Shape (O, I, *spatial) with any number of spatial dimensions, any floating dtype.
         rank: (r_out, r_in), from 1 to O and from 1 to I; None leaves that mode as it is.
-        sweeps: Number of times both factors are computed, at least 1; a single sweep is the sequentially
+        sweeps: Largest number of times both factors are computed, at least 1; a single sweep is the sequentially
             truncated HOSVD. Has no effect where only one mode is truncated.
+        tolerance: Sweeps end once all further ones are expected to lower the error by no more than this share of it;
+            0 for all sweeps.
 
     Returns:
         Core and factors in the dtype of ``kernel``.
@@ -56,7 +60,7 @@ def tucker2(kernel: Tensor, rank: tuple[int | None, int | None], *, sweeps: int 
             None if r_out is None else kernel.new_empty((out_channels, r_out)),
             None if r_in is None else kernel.new_empty((in_channels, r_in)),
         )
-    core, out_factor, in_factor = _decompose(kernel.reshape(out_channels, in_channels, -1), rank, sweeps)
+    core, out_factor, in_factor = _decompose(kernel.reshape(out_channels, in_channels, -1), rank, sweeps, tolerance)
     return TuckerFactors(
         core.reshape(*core.shape[:2], *spatial).to(kernel.dtype),
         None if out_factor is None else out_factor.to(kernel.dtype),
@@ -95,7 +99,7 @@ def tucker2_errors(kernel: Tensor) -> Tensor:
 
 
 def _decompose(
-    kernel: Tensor, rank: tuple[int | None, int | None], sweeps: int
+    kernel: Tensor, rank: tuple[int | None, int | None], sweeps: int, tolerance: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Run HOOI on a kernel of shape (O, I, P) in the cheapest arithmetic that resolves the truncated tail."""
     # A full rank needs no search: any basis is optimal, and the identity is exact.
@@ -103,7 +107,8 @@ def _decompose(
     total = _energy(kernel)
     for dtype, exact in _attempts(kernel):
         X = kernel.to(dtype)
-        core, out_factor, in_factor = _hooi(X, searched[0], searched[1], sweeps, exact)
+        stop = _Convergence(total, sweeps, tolerance, dtype)
+        core, out_factor, in_factor = _hooi(X, searched[0], searched[1], stop, exact)
         tail = math.sqrt(max(1 - _energy(core) / total, 0.0)) if total > 0 else 1.0
         if tail > _TAIL_LIMIT[dtype] or core.shape == kernel.shape:
             break
@@ -130,32 +135,67 @@ def _attempts(kernel: Tensor) -> list[tuple[torch.dtype, bool]]:
 
 
 def _energy(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    """Return the squared norm of (m, n, p): rows in their own precision, their sum in float64."""
+    return float(torch.linalg.vector_norm(tensor, dim=(1, 2)).double().square().sum())
 
 
 def _hooi(
-    X: Tensor, r_out: int | None, r_in: int | None, sweeps: int, exact: bool
+    X: Tensor, r_out: int | None, r_in: int | None, convergence: _Convergence, exact: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return core and factors of X, shape (O, I, P); a mode whose rank is None keeps its axis."""
     if r_out is None and r_in is None:
         return X.clone(), None, None
-    # With the points in front every product below reads its operands as they lie in memory.
-    by_out, by_in = X.permute(2, 0, 1).contiguous(), X.permute(2, 1, 0).contiguous()
+    # The mode to project stands in front and the one to decompose last: each is one product of matrices as they lie.
+    out_first, in_first = X.transpose(1, 2).contiguous(), X.permute(1, 2, 0).contiguous()
     if r_in is None and r_out is not None:
-        U = _basis(by_in, r_out, exact)
-        return (U.T @ by_out).permute(1, 2, 0), U, None
+        U, _ = _basis(in_first, r_out, exact)
+        return _project(U, out_first).transpose(1, 2), U, None
     if r_out is None and r_in is not None:
-        V = _basis(by_out, r_in, exact)
-        return (V.T @ by_in).permute(2, 1, 0), None, V
-    U = _basis(by_in, cast(int, r_out), exact)
-    for sweep in range(sweeps):
-        if sweep > 0:
-            U = _basis(V.T @ by_in, U.shape[1], exact)
-        projected = U.T @ by_out
-        V = _basis(projected, cast(int, r_in), exact)
-    return (projected @ V).permute(1, 2, 0), U, V
+        V, _ = _basis(out_first, r_in, exact)
+        return _project(V, in_first).permute(2, 0, 1), None, V
+    U, _ = _basis(in_first, cast(int, r_out), exact)
+    while True:
+        projected = _project(U, out_first)
+        V, kept = _basis(projected, cast(int, r_in), exact)
+        if convergence.reached(kept):
+            return (projected @ V).transpose(1, 2), U, V
+        U, kept = _basis(_project(V, in_first), U.shape[1], exact)
+        convergence.watch(kept)
 
 
-def _basis(stack: Tensor, rank: int, exact: bool) -> Tensor:
-    """Return the leading directions, shape (n, rank), of the last axis of (P, m, n)."""
-    return leading_left_vectors(stack.flatten(0, 1).T, rank, exact=exact)
+class _Convergence:
+    """Tells when further sweeps would gain next to nothing."""
+
+    def __init__(self, total: float, sweeps: int, tolerance: float, dtype: torch.dtype) -> None:
+        self._total, self._sweeps, self._tolerance = total, sweeps, tolerance
+        self._noise = 4 * torch.finfo(dtype).eps * total
+        self._kept: list[float] = []
+
+    def watch(self, kept: float) -> None:
+        """Note the energy kept after half a sweep."""
+        self._kept.append(kept)
+
+    def reached(self, kept: float) -> bool:
+        """Note the energy kept after a whole sweep; return whether to stop."""
+        self.watch(kept)
+        if len(self._kept) > 2 * self._sweeps - 2:
+            return True
+        if len(self._kept) < 3 or self._tolerance == 0:
+            return False
+        before, gain = self._kept[-2] - self._kept[-3], self._kept[-1] - self._kept[-2]
+        if gain <= self._noise:
+            return True
+        # Gains shrink about geometrically, so that all further ones sum to gain * ratio / (1 - ratio).
+        ratio = gain / before if before > gain else 1.0
+        # A relative change t of the error is one of 2 t of its square.
+        return gain * ratio <= (1 - ratio) * 2 * self._tolerance * max(self._total - kept, 0.0)
+
+
+def _project(basis: Tensor, tensor: Tensor) -> Tensor:
+    """Return the tensor (n, P, m) with its first mode projected on the basis (n, r): shape (r, P, m)."""
+    return (basis.T @ tensor.flatten(1)).view(-1, *tensor.shape[1:])
+
+
+def _basis(tensor: Tensor, rank: int, exact: bool) -> tuple[Tensor, float]:
+    """Return the leading directions, shape (n, rank), of the last mode of (m, P, n), and the energy they keep."""
+    return leading_left_vectors(tensor.flatten(0, 1).T, rank, exact=exact)

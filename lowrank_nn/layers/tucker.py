@@ -187,7 +187,7 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
 
     @classmethod
     def from_pretrained_layer(cls, layer: nn.Module, *, rank: TuckerRank | RankRule) -> Self:
-        """Build the layer whose weight is near that of ``layer`` in Frobenius norm (HOSVD and three HOOI sweeps).
+        """Build the layer whose weight is near that of ``layer`` in Frobenius norm (HOSVD, then HOOI sweeps).
 
         Args:
             layer: A trained ``nn.Conv2d``; not changed.

@@ -64,7 +64,7 @@ def test_every_group_is_decomposed_by_itself():
         (core, factors), _ = partial_tucker(kernel, rank=[5, 4], modes=[0, 1], n_iter_max=200, tol=1e-10)
         theirs = kernel - tensorly.tenalg.multi_mode_dot(core, factors, modes=[0, 1])
         ours = kernel - approximation.detach().numpy()
-        assert np.linalg.norm(ours) == pytest.approx(np.linalg.norm(theirs), rel=1e-4)
+        assert np.linalg.norm(ours) == pytest.approx(np.linalg.norm(theirs), rel=5e-4)
 
 
 @pytest.mark.parametrize(("rank", "axes"), [((5, None), (0, 1, 2, 3)), ((None, 5), (1, 0, 2, 3))])
