@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from lowrank_nn.decompose import Metric
 from lowrank_nn.layers._base import CompressedLayer
 from lowrank_nn.layers._ranks import RankProblem, RankRule
 from lowrank_nn.layers._source import Source, read_layer
@@ -30,6 +34,38 @@ class LowRankLayer(CompressedLayer):
     @abc.abstractmethod
     def rank_problem(cls, source: Source, **options: Any) -> RankProblem:
         """Return what rank rules and the planner ask about ``source`` in this format."""
+
+    @abc.abstractmethod
+    def approximate_(self, weight: Tensor, metric: Metric | None = None) -> None:
+        """Set the factors so that the dense weight comes near ``weight``.
+
+        Args:
+            weight: Of shape ``weight_shape``.
+            metric: What is to be small of the difference; None for its Frobenius norm.
+        """
+
+    @classmethod
+    def fitted(
+        cls, source: Source, metric: Metric | None, *, fit: Mapping[str, Any] | None = None, **config: Any
+    ) -> Self:
+        """Build the layer of this ``config`` from a trained one, fitted to its weight under a metric.
+
+        A bias takes up the change of the mean output; where there is none, that change counts as error.
+
+        Args:
+            source: The trained layer.
+            metric: What is to be small of the weight's change; None for its Frobenius norm.
+            fit: Options of ``approximate_``.
+            **config: Options of the constructor.
+        """
+        new = source.empty(cls, **config)
+        seen = metric if metric is None or source.bias is not None else metric.with_mean()
+        new.approximate_(source.weight, seen, **(fit or {}))
+        source.finish(new)
+        if metric is not None and new.bias is not None:
+            with torch.no_grad():
+                new.bias.add_(metric.mean_output(source.weight - new.dense_weight()).to(new.bias))
+        return new
 
     @classmethod
     def rank_argument(cls, ranks: tuple[int, ...], limits: tuple[int, ...]) -> Rank:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowrank_nn.decompose import evbmf_rank, singular_values
+from lowrank_nn.decompose import Metric, evbmf_rank, singular_values
 from lowrank_nn.errors import OptionError, RankError
 
 IntArray = NDArray[np.int64]
@@ -57,7 +57,8 @@ class RankTable(NamedTuple):
 
     Attributes:
         ranks: Candidates, shape ``(n, modes)``.
-        errors: Squared Frobenius norm of the weight's change at each candidate, shape ``(n,)``, float64.
+        errors: Squared Frobenius norm of the weight's change at each candidate (or its error under the metric), shape
+            ``(n,)``, float64. Under a metric they may be estimates, good enough to compare ranks of one format.
     """
 
     ranks: IntArray
@@ -100,8 +101,12 @@ class RankProblem(abc.ABC):
         """
 
     @abc.abstractmethod
-    def table(self) -> RankTable:
-        """Return the candidates that a planner chooses from, each with its squared error."""
+    def table(self, metric: Metric | None = None) -> RankTable:
+        """Return the candidates that a planner chooses from, each with its squared error.
+
+        Args:
+            metric: What the errors measure; None for the squared Frobenius norm.
+        """
 
 
 class RankRule(abc.ABC):

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lowrank_nn.decompose import cp, cp_als, cp_full_rank, cp_tensor
+from lowrank_nn.decompose import Metric, cp, cp_als, cp_full_rank, cp_tensor
 from lowrank_nn.errors import OptionError, RankError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
+from lowrank_nn.layers._refine import refine_
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_bias_, factor_std
 from lowrank_nn.layers._source import Source, read_layer
 
@@ -61,7 +62,7 @@ class _CPProblem(RankProblem):
     def typical_positions(self) -> Positions:
         return Positions(1, *self.stride, 1, 1)
 
-    def table(self) -> RankTable:
+    def table(self, metric: Metric | None = None) -> RankTable:
         """Return seven ranks between 4 % and 80 % of the dense parameters, with the errors of short fits.
 
         The error of a full fit is lower; there are no ranks where a single term costs more than the dense layer.
@@ -213,7 +214,13 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
 
     @classmethod
     def from_pretrained_layer(
-        cls, layer: nn.Module, *, rank: int | RankRule, factors: Factors = 3, epc: bool = True
+        cls,
+        layer: nn.Module,
+        *,
+        rank: int | RankRule,
+        factors: Factors = 3,
+        epc: bool = True,
+        metric: Metric | None = None,
     ) -> Self:
         """Build the layer whose weight is near that of ``layer``, by alternating least squares.
 
@@ -224,6 +231,7 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
             epc: Whether to run the error-preserving correction, which keeps the factors from growing against one
                 another at up to 5 % more error (Phan et al. 2020). Without it the layer may be hard to fine-tune
                 and to quantize.
+            metric: What is to be small of the weight's change; its Frobenius norm if left out.
 
         Raises:
             UnsupportedLayerError: The layer cannot be carried over whole.
@@ -231,9 +239,8 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
             OptionError: ``factors`` is neither 3 nor 4.
         """
         source = read_layer(layer, cls)
-        new = source.empty(cls, rank=cls.resolve_rank(rank, source, factors=factors), factors=factors)
-        new.approximate_(source.weight, epc=epc)
-        return source.finish(new)
+        rank = cls.resolve_rank(rank, source, factors=factors)
+        return cls.fitted(source, metric, fit={"epc": epc}, rank=rank, factors=factors)
 
     @classmethod
     def rank_problem(cls, source: Source, *, factors: Factors = 3, **options: Any) -> RankProblem:
@@ -248,13 +255,14 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
         return {"rank": min(max(1, half), problem.limits[0])}
 
     @torch.no_grad()
-    def approximate_(self, weight: Tensor, *, epc: bool = True) -> None:
+    def approximate_(self, weight: Tensor, metric: Metric | None = None, *, epc: bool = True) -> None:
         """Set the factors to the CP decomposition, group by group, of ``weight``, shape ``weight_shape``.
 
         Each term has the same norm in all factors. Factors that give this very weight already stay as they are.
 
         Args:
             weight: Tensor of the replaced layer's weight shape.
+            metric: What is to be small of the difference; None for its Frobenius norm.
             epc: Whether to run the error-preserving correction.
         """
         # From a weight of exactly this rank the fit would find its factors only nearly.
@@ -268,6 +276,8 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
         self.expand.weight.copy_(expand[:, :, None, None])
         for stage, factor in zip(self._spatial_stages(), spatial, strict=True):
             stage.weight.copy_(factor.reshape(stage.weight.shape))
+        if metric is not None:
+            refine_(self, weight, metric)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lowrank_nn.decompose import singular_values, truncated_svd
+from lowrank_nn.decompose import Metric, singular_values, truncated_svd
 from lowrank_nn.errors import OptionError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
+from lowrank_nn.layers._refine import refine_
 from lowrank_nn.layers._shapes import (
     CompressedConv2d,
     CompressedLinear,
@@ -43,7 +44,7 @@ class _MatrixProblem(RankProblem):
     def params(self, *ranks: IntArray | int) -> IntArray:
         return np.asarray(ranks[0]) * self.groups * (self.rows + self.columns)
 
-    def table(self) -> RankTable:
+    def table(self, metric: Metric | None = None) -> RankTable:
         # Eckart-Young: the squared error of rank r is the sum of the squared singular values after the r-th.
         squares = torch.stack([singular_values(m) for m in self.matrices]).square().sum(0).cpu().numpy()
         tails = np.append(np.cumsum(squares[::-1])[::-1][1:], 0.0)
@@ -107,21 +108,20 @@ class SVDLinear(LowRankLayer, CompressedLinear):
         self.reset_parameters()
 
     @classmethod
-    def from_pretrained_layer(cls, layer: nn.Module, *, rank: int | RankRule) -> Self:
+    def from_pretrained_layer(cls, layer: nn.Module, *, rank: int | RankRule, metric: Metric | None = None) -> Self:
         """Build the layer whose weight is nearest to that of ``layer`` in Frobenius norm (Eckart-Young).
 
         Args:
             layer: A trained ``nn.Linear``; not changed.
             rank: The rank, or a rule that chooses it: ``VBMF()``, ``Energy(0.95)``, ``Params(0.3)``, ``SpeedUp(2)``.
+            metric: What is to be small of the weight's change; its Frobenius norm if left out.
 
         Raises:
             UnsupportedLayerError: The layer cannot be carried over whole.
             RankError: ``rank`` is out of range, or the rule finds none.
         """
         source = read_layer(layer, cls)
-        new = source.empty(cls, rank=cls.resolve_rank(rank, source))
-        new.approximate_(source.weight)
-        return source.finish(new)
+        return cls.fitted(source, metric, rank=cls.resolve_rank(rank, source))
 
     @classmethod
     def rank_problem(cls, source: Source, **options: Any) -> RankProblem:
@@ -129,11 +129,13 @@ class SVDLinear(LowRankLayer, CompressedLinear):
         return _LinearProblem(cls.__name__, source.weight[None])
 
     @torch.no_grad()
-    def approximate_(self, weight: Tensor) -> None:
+    def approximate_(self, weight: Tensor, metric: Metric | None = None) -> None:
         """Set the factors to the truncated SVD of ``weight``, shape ``(out_features, in_features)``."""
         left, right = truncated_svd(weight, self.rank)
         self.expand.weight.copy_(left)
         self.reduce.weight.copy_(right)
+        if metric is not None:
+            refine_(self, weight, metric)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -268,13 +270,21 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
         self.reset_parameters()
 
     @classmethod
-    def from_pretrained_layer(cls, layer: nn.Module, *, rank: int | RankRule, order: Order = "spatial_first") -> Self:
+    def from_pretrained_layer(
+        cls,
+        layer: nn.Module,
+        *,
+        rank: int | RankRule,
+        order: Order = "spatial_first",
+        metric: Metric | None = None,
+    ) -> Self:
         """Build the layer whose weight is nearest to that of ``layer`` in Frobenius norm (Eckart-Young).
 
         Args:
             layer: A trained ``nn.Conv2d``; not changed.
             rank: The rank per group, or a rule that chooses it.
             order: Which of the two convolutions comes first.
+            metric: What is to be small of the weight's change; its Frobenius norm if left out.
 
         Raises:
             UnsupportedLayerError: The layer cannot be carried over whole.
@@ -282,9 +292,7 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
             OptionError: ``order`` is neither of the two.
         """
         source = read_layer(layer, cls)
-        new = source.empty(cls, rank=cls.resolve_rank(rank, source, order=order), order=order)
-        new.approximate_(source.weight)
-        return source.finish(new)
+        return cls.fitted(source, metric, rank=cls.resolve_rank(rank, source, order=order), order=order)
 
     @classmethod
     def rank_problem(cls, source: Source, *, order: Order = "spatial_first", **options: Any) -> RankProblem:
@@ -292,7 +300,7 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
         return _ConvProblem(source, order)
 
     @torch.no_grad()
-    def approximate_(self, weight: Tensor) -> None:
+    def approximate_(self, weight: Tensor, metric: Metric | None = None) -> None:
         """Set the factors to the truncated SVD, group by group, of ``weight``, shape ``weight_shape``."""
         factors = [truncated_svd(m, self.rank) for m in _unfold(weight, self.groups, self.order)]
         left = torch.stack([factor[0] for factor in factors])  # (g, rows, r)
@@ -304,6 +312,8 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
         else:
             self.reduce.weight.copy_(right.reshape(self.reduce.weight.shape))
             self.expand.weight.copy_(left.reshape(self.expand.weight.shape))
+        if metric is not None:
+            refine_(self, weight, metric)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lowrank_nn.decompose import tucker2, tucker2_errors
+from lowrank_nn.decompose import Metric, tucker2, tucker2_errors
 from lowrank_nn.errors import RankError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer, Rank
 from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
+from lowrank_nn.layers._refine import refine_
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_bias_, factor_std
 from lowrank_nn.layers._source import Source, read_layer
 
@@ -65,7 +66,7 @@ class _TuckerProblem(RankProblem):
     def typical_positions(self) -> Positions:
         return Positions(1, *self.stride, 1, 1)
 
-    def table(self) -> RankTable:
+    def table(self, metric: Metric | None = None) -> RankTable:
         """Return the pairs that no other pair of the grid beats in both error and size, or error and MACs.
 
         Pairs that save nothing are left out, but for the lossless one at the limits.
@@ -186,21 +187,22 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
         self.reset_parameters()
 
     @classmethod
-    def from_pretrained_layer(cls, layer: nn.Module, *, rank: TuckerRank | RankRule) -> Self:
+    def from_pretrained_layer(
+        cls, layer: nn.Module, *, rank: TuckerRank | RankRule, metric: Metric | None = None
+    ) -> Self:
         """Build the layer whose weight is near that of ``layer`` in Frobenius norm (HOSVD, then HOOI sweeps).
 
         Args:
             layer: A trained ``nn.Conv2d``; not changed.
             rank: (rank_out, rank_in) per group, or a rule that chooses them.
+            metric: What is to be small of the weight's change; its Frobenius norm if left out.
 
         Raises:
             UnsupportedLayerError: The layer cannot be carried over whole.
             RankError: ``rank`` is out of range, or the rule finds none.
         """
         source = read_layer(layer, cls)
-        new = source.empty(cls, rank=cls.resolve_rank(rank, source))
-        new.approximate_(source.weight)
-        return source.finish(new)
+        return cls.fitted(source, metric, rank=cls.resolve_rank(rank, source))
 
     @classmethod
     def rank_problem(cls, source: Source, **options: Any) -> RankProblem:
@@ -239,7 +241,7 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
         return cls.rank_argument((out, inn), problem.limits)
 
     @torch.no_grad()
-    def approximate_(self, weight: Tensor) -> None:
+    def approximate_(self, weight: Tensor, metric: Metric | None = None) -> None:
         """Set the factors to the Tucker-2 decomposition, group by group, of ``weight``, shape ``weight_shape``.
 
         The 1 x 1 convolutions have orthonormal factors and the core carries the norm.
@@ -253,6 +255,8 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
         if self.expand is not None:
             factors = [part.out_factor for part in parts if part.out_factor is not None]
             self.expand.weight.copy_(torch.cat(factors)[:, :, None, None])
+        if metric is not None:
+            refine_(self, weight, metric)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
