@@ -13,6 +13,7 @@ from typing_extensions import Self
 from lowrank_nn.decompose import Metric
 from lowrank_nn.layers._base import CompressedLayer
 from lowrank_nn.layers._ranks import RankProblem, RankRule
+from lowrank_nn.layers._refine import refine_
 from lowrank_nn.layers._source import Source, read_layer
 
 Rank = int | tuple[int | None, ...]
@@ -43,6 +44,17 @@ class LowRankLayer(CompressedLayer):
             weight: Of shape ``weight_shape``.
             metric: What is to be small of the difference; None for its Frobenius norm.
         """
+
+    def refit_(self, weight: Tensor, metric: Metric) -> None:
+        """Fit the present factors anew, to a somewhat different weight under a somewhat different metric.
+
+        Never ends above the error, under ``metric``, of leaving the factors as they are.
+
+        Args:
+            weight: Of shape ``weight_shape``.
+            metric: What is to be small of the difference.
+        """
+        refine_(self, weight, metric)
 
     @classmethod
     def fitted(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lowrank_nn.decompose import Metric
-from lowrank_nn.layers._lowrank import LowRankLayer
+from lowrank_nn.layers._base import CompressedLayer
 
 
-def refine_(layer: LowRankLayer, weight: Tensor, metric: Metric, *, iterations: int = 60) -> None:
+def refine_(layer: CompressedLayer, weight: Tensor, metric: Metric, *, iterations: int = 60) -> None:
     """Lower the metric's error of a low-rank layer's dense weight by L-BFGS over all its factors.
 
     Works for every layer with a differentiable ``dense_weight()``; never ends above where it started.
