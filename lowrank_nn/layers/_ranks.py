@@ -58,11 +58,14 @@ class RankTable(NamedTuple):
     Attributes:
         ranks: Candidates, shape ``(n, modes)``.
         errors: Squared Frobenius norm of the weight's change at each candidate (or its error under the metric), shape
-            ``(n,)``, float64. Under a metric they may be estimates, good enough to compare ranks of one format.
+            ``(n,)``, float64.
+        estimated: Whether the errors only serve to compare ranks of this format, because a fit's own error under the
+            metric takes the fit.
     """
 
     ranks: IntArray
     errors: NDArray[np.float64]
+    estimated: bool = False
 
 
 class RankProblem(abc.ABC):

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_nn.cost import Cost
+from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Site
 from lowrank_nn.layers import LowRankLayer, Positions, read_layer
+from lowrank_nn.layers._ranks import IntArray
 from lowrank_nn.planning.allocation import Choices, Floats
 from lowrank_nn.planning.budget import Budget
 
+_FITS = 12  # ranks of one format that are fitted where a table only estimates their errors
 _LEAST_KEPT = 1e-6  # a weight that keeps less of its energy than this counts as lost
 
 
@@ -26,8 +29,8 @@ class Candidate:
 
     Attributes:
         layer_class: The compressed class.
-        options: What its ``from_pretrained_layer`` is called with.
-        error: Relative squared change of the weight, ||W - W'||^2 / ||W||^2.
+        options: What its ``from_pretrained_layer`` is called with, the metric apart.
+        error: Relative squared change of the weight, ||W - W'||^2 / ||W||^2, or e(W - W') / e(W) under a metric.
         cost: Params, MACs and bytes of the weight (no bias).
     """
 
@@ -45,31 +48,43 @@ class SiteCandidates:
         path: The layer's dotted path.
         candidates: The dense layer, then all that save something.
         note: Why there are no others; empty if there are.
+        scale: e(W), the metric's size of the whole weight, where it estimates the change of the network's output;
+            None where errors of different layers have no common scale.
     """
 
     path: str
     candidates: list[Candidate]
     note: str = ""
+    scale: float | None = None
 
     def choices(self, budget: Budget) -> Choices:
         """Return errors and costs as the allocation takes them.
 
-        The error of a candidate that keeps a share 1 - e of the weight's energy is -log(1 - e): their sum is small
-        where the product of the shares over all layers is large (Zhang et al. 2016), so that no layer is given up for
-        the others.
+        With a common scale these are the absolute errors, which estimate the squared change of the network's output
+        and add up. Without one, the error of a candidate that keeps a share 1 - e of the weight's energy is
+        -log(1 - e): their sum is small where the product of the shares over all layers is large (Zhang et al. 2016),
+        so that no layer is given up for the others.
         """
-        kept: Floats = 1 - np.array([candidate.error for candidate in self.candidates])
-        errors = -np.log(np.clip(kept, _LEAST_KEPT, 1.0))
+        relative: Floats = np.array([candidate.error for candidate in self.candidates])
+        lost = -np.log(np.clip(1 - relative, _LEAST_KEPT, 1.0))
+        errors = lost if self.scale is None else relative * self.scale
         return Choices(errors, np.stack([budget.spent(candidate.cost) for candidate in self.candidates]))
 
 
-def low_rank_candidates(site: Site, layer: nn.Module, classes: Sequence[type[LowRankLayer]]) -> SiteCandidates:
+def low_rank_candidates(
+    site: Site,
+    layer: nn.Module,
+    classes: Sequence[type[LowRankLayer]],
+    metric: Metric | None = None,
+) -> SiteCandidates:
     """List every format and rank for ``layer`` that saves parameters or MACs and costs more of neither.
 
     Args:
         site: Where the layer is and what it was called with.
         layer: The trained layer, with its weights.
         classes: Formats to consider; those that do not replace this kind of layer are skipped.
+        metric: What the errors measure; None for the squared Frobenius norm. With a curvature of the network's output
+            in it, errors of different layers are comparable.
     """
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -79,36 +94,73 @@ def low_rank_candidates(site: Site, layer: nn.Module, classes: Sequence[type[Low
     dense = Candidate(None, {}, 0.0, Cost(size, macs, size * itemsize, size))
     found: list[Candidate] = []
     notes: list[str] = []
+    judge = _Judge(layer, metric)
     for cls in (cls for cls in classes if isinstance(layer, cls.replaces)):
         for options in cls.formats:
             try:
-                found += _of_one_format(cls, options, layer, positions, itemsize)
+                found += _of_one_format(cls, options, judge, positions)
             except LowRankError as error:
                 notes.append(error.message)
     note = "" if found else (notes[0] if notes else "no format at any rank is smaller")
-    return SiteCandidates(site.path, [dense, *_undominated(found)], note)
+    scale = judge.size if metric is not None and metric.curvature is not None else None
+    return SiteCandidates(site.path, [dense, *_undominated(found)], note, scale)
+
+
+class _Judge:
+    """Says how large an error is: in the Frobenius norm, or under a metric."""
+
+    def __init__(self, layer: nn.Module, metric: Metric | None) -> None:
+        assert isinstance(layer.weight, Tensor)
+        self.layer, self.given = layer, metric
+        # What no bias makes up for counts as error.
+        self.metric = metric if metric is None or layer.bias is not None else metric.with_mean()
+        self.size = max(self.squared(layer.weight.detach()), 1e-300)
+
+    def squared(self, change: Tensor) -> float:
+        """Return the size of a change of the weight."""
+        if self.metric is None:
+            return float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+        return self.metric.error(change)
+
+    def fit(self, cls: type[LowRankLayer], options: dict[str, Any]) -> float:
+        """Return the error of the layer that is built with these options."""
+        new = cls.from_pretrained_layer(self.layer, **options, **({} if self.given is None else {"metric": self.given}))
+        assert isinstance(self.layer.weight, Tensor)
+        return self.squared(self.layer.weight.detach() - new.dense_weight().detach())
 
 
 def _of_one_format(
-    cls: type[LowRankLayer], options: dict[str, Any], layer: nn.Module, positions: list[Positions], itemsize: int
+    cls: type[LowRankLayer], options: dict[str, Any], judge: _Judge, positions: list[Positions]
 ) -> list[Candidate]:
     """Return the candidates of one class and variant that save something and cost more of nothing."""
-    source = read_layer(layer, cls)
+    source = read_layer(judge.layer, cls)
     problem = cls.rank_problem(source, **options)
-    ranks, errors = problem.table()
-    norm = max(float(torch.linalg.vector_norm(source.weight.float())) ** 2, 1e-300)
-    params = problem.params(*ranks.T)
-    macs = np.sum([problem.macs(p, *ranks.T) for p in positions], axis=0)
+    table = problem.table(judge.metric)
+    params = problem.params(*table.ranks.T)
+    macs = np.sum([problem.macs(p, *table.ranks.T) for p in positions], axis=0)
     dense_params = problem.dense(positions[0])[0]
     dense_macs = sum(problem.dense(p)[1] for p in positions)
     saves = (params <= dense_params) & (macs <= dense_macs) & ((params < dense_params) | (macs < dense_macs))
+    chosen = np.flatnonzero(saves)
+    if table.estimated:
+        chosen = chosen[_spread(params[chosen], table.errors[chosen])]
     found = []
-    for i in np.flatnonzero(saves):
-        rank = cls.rank_argument(tuple(int(r) for r in ranks[i]), problem.limits)
-        size = int(params[i])
+    for i in chosen:
+        rank = cls.rank_argument(tuple(int(r) for r in table.ranks[i]), problem.limits)
+        size, itemsize = int(params[i]), source.weight.element_size()
         cost = Cost(size, int(macs[i]), size * itemsize, size)
-        found.append(Candidate(cls, {"rank": rank, **options}, max(0.0, float(errors[i])) / norm, cost))
+        error = judge.fit(cls, {"rank": rank, **options}) if table.estimated else float(table.errors[i])
+        found.append(Candidate(cls, {"rank": rank, **options}, max(0.0, error) / judge.size, cost))
     return found
+
+
+def _spread(params: IntArray, errors: Floats) -> IntArray:
+    """Return the indices of a few candidates, the best at their sizes, spread evenly over the logarithm of the size."""
+    order = np.lexsort((errors, params))
+    front = order[np.diff(np.minimum.accumulate(errors[order]), prepend=np.inf) < 0]
+    sizes = np.log(params[front])
+    wanted = np.linspace(sizes[0], sizes[-1], _FITS) if len(front) else np.empty(0)
+    return front[np.unique(np.abs(sizes[:, None] - wanted).argmin(axis=0))] if len(front) else front
 
 
 def site_positions(site: Site) -> list[Positions]:
