@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lowrank_nn.decompose import Metric, singular_values, truncated_svd
+from lowrank_nn.decompose import Metric, truncated_svd
 from lowrank_nn.errors import OptionError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer
-from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
+from lowrank_nn.layers._matrix import MatrixProblem
+from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, check_rank
 from lowrank_nn.layers._refine import refine_
 from lowrank_nn.layers._shapes import (
     CompressedConv2d,
@@ -29,29 +30,7 @@ from lowrank_nn.layers._source import Source, read_layer
 Order = Literal["spatial_first", "pointwise_first"]
 
 
-class _MatrixProblem(RankProblem):
-    """The rank of one matrix per group; subclasses give the cost."""
-
-    def __init__(self, name: str, matrices: Tensor) -> None:
-        self.name = name
-        self.matrices = matrices
-        self.groups, self.rows, self.columns = matrices.shape
-        self.limits = (min(self.rows, self.columns),)
-
-    def unfoldings(self) -> tuple[Tensor, ...]:
-        return (self.matrices,)
-
-    def params(self, *ranks: IntArray | int) -> IntArray:
-        return np.asarray(ranks[0]) * self.groups * (self.rows + self.columns)
-
-    def table(self, metric: Metric | None = None) -> RankTable:
-        # Eckart-Young: the squared error of rank r is the sum of the squared singular values after the r-th.
-        squares = torch.stack([singular_values(m) for m in self.matrices]).square().sum(0).cpu().numpy()
-        tails = np.append(np.cumsum(squares[::-1])[::-1][1:], 0.0)
-        return RankTable(np.arange(1, self.limits[0] + 1)[:, None], tails)
-
-
-class _LinearProblem(_MatrixProblem):
+class _LinearProblem(MatrixProblem):
     def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
         return self.params(*ranks) * positions.batch
 
@@ -160,7 +139,7 @@ class SVDLinear(LowRankLayer, CompressedLinear):
         yield self.expand
 
 
-class _ConvProblem(_MatrixProblem):
+class _ConvProblem(MatrixProblem):
     def __init__(self, source: Source, order: Order) -> None:
         arguments = source.arguments
         super().__init__("SVDConv2d", _unfold(source.weight, arguments["groups"], order))
