@@ -42,6 +42,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """As :func:`untouched`, with ``model`` in eval mode and every layer run by the ``forward`` of its instance.
+
+    Torch's encoder layers would otherwise hand their weights to a fused kernel, and call none of their layers.
+    """
+    with untouched(model):
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module in model.modules():
+            vars(module).update(training=False, _compiled_call_impl=None)
+        yield
+
+
+@contextlib.contextmanager
 def _process_state() -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's forward may draw

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from lowrank_nn.errors import PlanError, UnsupportedLayerError
 from lowrank_nn.graph.flops import FlopCounter
 from lowrank_nn.graph.inputs import call_model, describe, first_shape
-from lowrank_nn.graph.preserve import untouched
+from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.layers import CompressedLayer
 
 KINDS = (
@@ -122,10 +122,7 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
     _refuse_opaque(model)
     sites = find_sites(model)
     log = _CallLog()
-    with untouched(model):
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused path of encoder layers bypasses their linears
-        for module in model.modules():
-            vars(module).update(training=False, _compiled_call_impl=None)
+    with evaluating(model):
         for site in sites:
             vars(site.layer)["forward"] = log.watch(site)
         with log.counter:

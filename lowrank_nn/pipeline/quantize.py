@@ -10,7 +10,7 @@ from lowrank_nn.layers import CompressedLayer, QuantConv2d, QuantLinear
 from lowrank_nn.pipeline.apply import class_for, decide_layer
 from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State, Step
-from lowrank_nn.planning.calibration import collect_input_ranges
+from lowrank_nn.planning.ranges import collect_input_ranges
 
 _CLASSES: tuple[type[CompressedLayer], ...] = (QuantConv2d, QuantLinear)
 
