@@ -71,6 +71,8 @@ class FineTune(Step):
         checkpoint: File to write after every epoch, and to go on from if it is there: what an interrupted run continues
             to is bit for bit what it would have been. Loaders whose persistent workers draw random numbers are an
             exception. A finished checkpoint is read instead of training again.
+        autocast: ``torch.bfloat16`` to run teacher, student and loss in mixed precision (parameters stay as they are);
+            about twice as fast on CPUs with bfloat16 instructions and on GPUs.
 
     Raises:
         OptionError: An argument out of range, or ``restore_best`` without ``evaluate``.
@@ -97,6 +99,7 @@ class FineTune(Step):
         evaluate: Callable[[nn.Module], float] | None = None,
         restore_best: bool = False,
         checkpoint: str | Path | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise OptionError(f"FineTune: epochs must be a whole number from 1, got {epochs!r}.")
@@ -107,6 +110,10 @@ class FineTune(Step):
             raise OptionError(f"FineTune: alpha must be from 0 (targets alone) to 1 (teacher alone), got {alpha!r}.")
         if restore_best and evaluate is None:
             raise OptionError("FineTune: restore_best needs evaluate=..., a function of the model.")
+        if autocast not in (None, torch.bfloat16):
+            raise OptionError(
+                f"FineTune: autocast must be torch.bfloat16 or None, got {autocast!r}; float16 needs scaling."
+            )
         if isinstance(loader, Iterator) or not (hasattr(loader, "__len__") and hasattr(loader, "__iter__")):
             raise OptionError(
                 f"FineTune: loader must have a length and be iterable once per epoch, got {type(loader).__name__}. "
@@ -120,6 +127,7 @@ class FineTune(Step):
         self.guidance = [guidance] if isinstance(guidance, str) else guidance
         self.evaluate, self.restore_best = evaluate, restore_best
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.autocast = autocast
 
     def __repr__(self) -> str:
         return f"FineTune(epochs={self.epochs}, loss={'distillation' if self.loss is None else self.loss!r})"
@@ -152,7 +160,7 @@ class FineTune(Step):
             teacher = teacher_of(self.teacher or state.dense)
             guidance = self._make_guidance(teacher, state.model)
             try:
-                Trainer(self, state, guidance, device).run(self._loss(state, teacher, guidance))
+                Trainer(self, state, guidance, device).run(self._loss(state, teacher, guidance, device))
             finally:
                 if guidance is not None:
                     guidance.remove()
@@ -164,9 +172,10 @@ class FineTune(Step):
             return self.guidance(teacher, student)
         return Guidance(teacher, student, self.guidance, weight="balanced")
 
-    def _loss(self, state: State, teacher: nn.Module, guidance: FeatureLoss | None) -> BatchLoss:
+    def _loss(self, state: State, teacher: nn.Module, guidance: FeatureLoss | None, device: torch.device) -> BatchLoss:
         """Return the loss of one batch: the task's, and the guidance on top."""
 
+        @torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None)
         def loss(model: nn.Module, batch: Any) -> Tensor:
             inputs, targets, expected = None, None, None
             if self.loss is None or guidance is not None:

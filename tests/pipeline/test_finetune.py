@@ -163,6 +163,26 @@ def test_distillation_brings_the_student_closer_and_is_deterministic():
     assert distance(first, model) < 0.3 * distance(compress(model, TUCKER), model)
 
 
+def test_autocast_runs_the_layers_in_bfloat16_and_keeps_the_parameters():
+    model, seen = make_net(), set()
+
+    class Watched(lnn.TuckerConv2d):
+        def forward(self, input):
+            y = super().forward(input)
+            seen.add(y.dtype)
+            return y
+
+    small = compress(model, TUCKER)
+    small.conv2.__class__ = Watched
+    tuned = compress(small, lnn.FineTune(BATCHES, 5, lr=3e-3, alpha=1.0, teacher=model, autocast=torch.bfloat16))
+    assert torch.bfloat16 in seen
+    assert {parameter.dtype for parameter in tuned.parameters()} == {torch.float32}
+    assert distance(tuned, model) < 0.5 * distance(compress(model, TUCKER), model)
+    assert not torch.is_autocast_enabled("cpu")
+    with pytest.raises(lnn.OptionError, match="float16 needs scaling"):
+        lnn.FineTune(BATCHES, 1, autocast=torch.float16)
+
+
 # --- kinds of layers
 
 
