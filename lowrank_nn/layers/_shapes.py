@@ -88,16 +88,43 @@ class CompressedConv2d(CompressedLayer):
         """Build a 1 x 1 convolution in this layer's groups; ``factory`` is device and dtype."""
         return nn.Conv2d(in_channels, out_channels, 1, groups=self.groups, bias=bias, **factory)
 
-    def make_spatial(self, in_channels: int, out_channels: int, *, bias: bool, **factory: Any) -> nn.Conv2d:
-        """Build a convolution with this layer's geometry and groups; ``factory`` is device and dtype."""
+    def make_spatial(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        bias: bool,
+        rows: bool = True,
+        columns: bool = True,
+        groups: int | None = None,
+        **factory: Any,
+    ) -> nn.Conv2d:
+        """Build a convolution with this layer's geometry along rows, columns or both.
+
+        One along rows and one along columns after it pad as both at once: every padding mode fills rows and columns
+        independently.
+
+        Args:
+            in_channels: Channels of the input.
+            out_channels: Channels of the output.
+            bias: Whether to add a learnable bias.
+            rows: Whether the kernel extends over rows; otherwise its height is 1.
+            columns: Whether the kernel extends over columns; otherwise its width is 1.
+            groups: Number of blocked connections; this layer's if left out.
+            **factory: Device and dtype.
+        """
+
+        def along(value: tuple[int, int], other: int) -> tuple[int, int]:
+            return (value[0] if rows else other, value[1] if columns else other)
+
         return nn.Conv2d(
             in_channels,
             out_channels,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
+            along(self.kernel_size, 1),
+            stride=along(self.stride, 1),
+            padding=self.padding if isinstance(self.padding, str) else along(self.padding, 0),
+            dilation=along(self.dilation, 1),
+            groups=self.groups if groups is None else groups,
             bias=bias,
             padding_mode=self.padding_mode,
             **factory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
@@ -170,47 +171,19 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
         limit = cp_full_rank((out_channels // groups, *self.weight_shape[1:]))
         self.rank: int = check_rank(type(self).__name__, rank, limit)
         channels = groups * self.rank
-        self.reduce = self.make_pointwise(in_channels, channels, bias=False, device=device, dtype=dtype)
+        factory = {"device": device, "dtype": dtype}
+        depthwise = functools.partial(self.make_spatial, channels, channels, groups=channels, bias=False, **factory)
+        self.reduce = self.make_pointwise(in_channels, channels, bias=False, **factory)
         self.spatial: nn.Conv2d | None = None
         self.vertical: nn.Conv2d | None = None
         self.horizontal: nn.Conv2d | None = None
         if factors == 3:
-            self.spatial = self._depthwise(channels, True, True, device, dtype)
+            self.spatial = depthwise()
         else:
-            self.vertical = self._depthwise(channels, True, False, device, dtype)
-            self.horizontal = self._depthwise(channels, False, True, device, dtype)
-        self.expand = self.make_pointwise(channels, out_channels, bias=bias, device=device, dtype=dtype)
+            self.vertical = depthwise(columns=False)
+            self.horizontal = depthwise(rows=False)
+        self.expand = self.make_pointwise(channels, out_channels, bias=bias, **factory)
         self.reset_parameters()
-
-    def _depthwise(
-        self,
-        channels: int,
-        rows: bool,
-        columns: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> nn.Conv2d:
-        """Build the depthwise convolution with this layer's geometry along rows, columns or both.
-
-        One after the other they pad as both at once: every padding mode fills rows and columns independently.
-        """
-
-        def along(value: tuple[int, int], other: int) -> tuple[int, int]:
-            return (value[0] if rows else other, value[1] if columns else other)
-
-        return nn.Conv2d(
-            channels,
-            channels,
-            along(self.kernel_size, 1),
-            stride=along(self.stride, 1),
-            padding=self.padding if isinstance(self.padding, str) else along(self.padding, 0),
-            dilation=along(self.dilation, 1),
-            groups=channels,
-            bias=False,
-            padding_mode=self.padding_mode,
-            device=device,
-            dtype=dtype,
-        )
 
     @classmethod
     def from_pretrained_layer(
