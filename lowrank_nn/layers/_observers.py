@@ -23,6 +23,26 @@ ROUNDS = 20
 SHARES: Floats = np.linspace(0.02, 1.0, 99)
 
 
+def value_range(x: Tensor) -> tuple[float, float]:
+    """Return the smallest and the largest entry of a layer's input; (inf, -inf) where it is empty.
+
+    Raises:
+        CalibrationError: ``x`` is not a floating-point tensor, or holds NaN or infinite values.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        what = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise CalibrationError(f"calibration: expected floating-point tensors, got {what}.")
+    if x.numel() == 0:
+        return math.inf, -math.inf
+    low, high = (float(bound) for bound in torch.aminmax(x.detach()))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise CalibrationError(
+            "calibration: the input holds NaN or infinite values. Look for the damaged sample, or the layer before "
+            "that overflows."
+        )
+    return low, high
+
+
 class Observer(abc.ABC):
     """Watches tensors and chooses the range that their quantized form covers."""
 
@@ -38,18 +58,10 @@ class Observer(abc.ABC):
         Raises:
             CalibrationError: ``x`` is not a floating-point tensor, or holds NaN or infinite values.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            what = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise CalibrationError(f"calibration: expected floating-point tensors, got {what}.")
-        if x.numel() == 0:
+        low, high = value_range(x)
+        if low > high:
             return
         x = x.detach()
-        low, high = (float(bound) for bound in torch.aminmax(x))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise CalibrationError(
-                "calibration: the input holds NaN or infinite values. Look for the damaged sample, or the layer before "
-                "that overflows."
-            )
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._count(x)
 

@@ -8,4 +8,5 @@ from lowrank_nn.planning.candidates import SiteCandidates as SiteCandidates
 from lowrank_nn.planning.candidates import low_rank_candidates as low_rank_candidates
 from lowrank_nn.planning.fisher import BatchLoss as BatchLoss
 from lowrank_nn.planning.fisher import diagonal_fisher as diagonal_fisher
+from lowrank_nn.planning.moments import collect_metrics as collect_metrics
 from lowrank_nn.planning.ranges import collect_input_ranges as collect_input_ranges
