@@ -45,19 +45,19 @@ def leading_eigenvectors(gram_matrix: Tensor, rank: int) -> Tensor:
     """Return the ``rank`` eigenvectors of largest eigenvalue, in descending order.
 
     Args:
-        gram_matrix: Symmetric, shape (m, m); only the lower triangle is read.
+        gram_matrix: Symmetric, shape (..., m, m); only the lower triangle is read.
         rank: Number of vectors, at most m.
 
     Returns:
-        Orthonormal columns, shape (m, rank), of whatever sign.
+        Orthonormal columns, shape (..., m, rank), of whatever sign.
     """
     vectors: Tensor = torch.linalg.eigh(gram_matrix).eigenvectors
-    return vectors[:, vectors.shape[1] - rank :].flip(1)
+    return vectors[..., vectors.shape[-1] - rank :].flip(-1)
 
 
 def column_signs(columns: Tensor) -> Tensor:
-    """Return the signs, shape (r,), that make the entry of largest magnitude in each column positive."""
-    largest = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+    """Return the signs, shape (..., r), that make the entry of largest magnitude in each column positive."""
+    largest = columns.gather(-2, columns.abs().argmax(dim=-2, keepdim=True)).squeeze(-2)
     return torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
 
 
