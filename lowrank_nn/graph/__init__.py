@@ -3,6 +3,8 @@
 from lowrank_nn.graph.costs import model_cost as model_cost
 from lowrank_nn.graph.costs import site_cost as site_cost
 from lowrank_nn.graph.inputs import call_model as call_model
+from lowrank_nn.graph.links import Link as Link
+from lowrank_nn.graph.links import find_links as find_links
 from lowrank_nn.graph.sites import Call as Call
 from lowrank_nn.graph.sites import Recording as Recording
 from lowrank_nn.graph.sites import Site as Site

@@ -119,14 +119,14 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
         UnsupportedLayerError: The model is compiled or scripted, or holds layers that have no weights yet.
         PlanError: The forward failed; the error it raised is chained.
     """
-    _refuse_opaque(model)
+    refuse_opaque(model)
     sites = find_sites(model)
     log = _CallLog()
     with evaluating(model):
         for site in sites:
             vars(site.layer)["forward"] = log.watch(site)
         with log.counter:
-            output = _run(model, example_inputs)
+            output = run_model(model, example_inputs)
     return Recording(log.ordered(sites), log.other_macs(), output)
 
 
@@ -219,7 +219,12 @@ def _enclosing(path: str, compressed: set[str]) -> str | None:
     return None
 
 
-def _run(model: nn.Module, example_inputs: Any) -> Any:
+def run_model(model: nn.Module, example_inputs: Any) -> Any:
+    """Call ``model`` as :func:`lowrank_nn.graph.call_model` does.
+
+    Raises:
+        PlanError: The forward failed; the error it raised is chained.
+    """
     try:
         return call_model(model, example_inputs)
     except Exception as error:
@@ -230,7 +235,13 @@ def _run(model: nn.Module, example_inputs: Any) -> Any:
         ) from error
 
 
-def _refuse_opaque(model: nn.Module) -> None:
+def refuse_opaque(model: nn.Module) -> None:
+    """Refuse a model whose layers cannot be watched or have no weights yet.
+
+    Raises:
+        PlanError: It is not a module.
+        UnsupportedLayerError: It holds a compiled or scripted module, or layers that have no weights yet.
+    """
     if not isinstance(model, nn.Module):
         raise PlanError(f"expected an nn.Module, got {type(model).__name__}.")
     for path, module in model.named_modules():
