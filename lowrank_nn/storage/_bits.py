@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Values = NDArray[Any]
 
-CHUNK = 1 << 16  # a multiple of 8: every chunk but the last ends on a byte; bounds the memory of the bit matrix
+CHUNK = 1 << 18  # a multiple of 8: every chunk but the last ends on a byte; bounds the memory beside the result
 
 
 def packed_length(count: int, bits: int) -> int:
@@ -38,10 +38,11 @@ def pack_bits(values: Values, bits: int, offset: int) -> Bytes:
     if bits == 0:
         return packed
     for start in range(0, values.size, CHUNK):
-        wide = values[start : start + CHUNK].astype("<u8") - np.uint64(offset % 2**64)
-        matrix = np.unpackbits(wide.view(np.uint8).reshape(-1, 8), axis=1, count=bits, bitorder="little")
-        chunk = np.packbits(matrix, bitorder="little")
-        packed[start * bits // 8 :][: chunk.size] = chunk
+        chunk = _shifted(values[start : start + CHUNK], -offset, _word(bits))
+        part = packed[start * bits // 8 :][: packed_length(chunk.size, bits)]
+        part[:] = _pack_groups(np.resize(chunk, (-(-chunk.size // 8), 8)), bits)[: part.size]
+        if chunk.size * bits % 8:
+            part[-1] &= (1 << chunk.size * bits % 8) - 1  # what fills up the last group is no value
     return packed
 
 
@@ -55,13 +56,56 @@ def unpack_bits(packed: Bytes, count: int, bits: int, offset: int, dtype: np.dty
         offset: Added to each.
         dtype: Integer dtype of the result.
     """
+    if bits == 0:
+        return np.full(count, offset, dtype)
     values = np.empty(count, dtype)
-    shift = np.uint64(offset % 2**64)
     for start in range(0, count, CHUNK):
         length = min(CHUNK, count - start)
-        chunk = packed[start * bits // 8 :][: packed_length(length, bits)]
-        matrix = np.unpackbits(chunk, count=length * bits, bitorder="little").reshape(length, bits)
-        wide = np.zeros((length, 8), np.uint8)
-        wide[:, : packed_length(bits, 1)] = np.packbits(matrix, axis=1, bitorder="little")
-        values[start : start + length] = (wide.view("<u8")[:, 0] + shift).astype(dtype)
+        part = packed[start * bits // 8 :][: packed_length(length, bits)]
+        groups = np.zeros((-(-length // 8), bits), np.uint8)
+        groups.reshape(-1)[: part.size] = part
+        values[start : start + length] = _shifted(_unpack_groups(groups, bits)[:length], offset, dtype)
     return values
+
+
+def _word(bits: int) -> np.dtype[Any]:
+    """Return the narrowest unsigned dtype of at least ``bits`` bits."""
+    return np.dtype(next(f"<u{size}" for size in (1, 2, 4, 8) if bits <= 8 * size))
+
+
+def _shifted(values: Values, offset: int, dtype: np.dtype[Any]) -> Values:
+    """Return values + offset in ``dtype``, which holds every result."""
+    # As unsigned numbers of the wider of the two dtypes, where additions wrap.
+    wide = np.dtype(f"<u{max(values.dtype.itemsize, dtype.itemsize)}")
+    total = values.astype(wide) + wide.type(offset % 2 ** (8 * wide.itemsize))
+    return total.astype(dtype)
+
+
+def _pack_groups(groups: Values, bits: int) -> Bytes:
+    """Pack rows of eight values: ``bits`` bytes each, of which every byte takes parts of one value or more."""
+    columns = np.ascontiguousarray(groups.T)
+    rows = np.empty((len(groups), bits), np.uint8)
+    for k in range(bits):
+        byte = np.zeros(len(groups), np.uint8)
+        for i in range(8 * k // bits, (8 * k + 7) // bits + 1):
+            byte |= _moved(columns[i], i * bits - 8 * k).astype(np.uint8)
+        rows[:, k] = byte
+    return rows.reshape(-1)
+
+
+def _unpack_groups(groups: Bytes, bits: int) -> Values:
+    """Undo :func:`_pack_groups`."""
+    dtype = _word(bits)
+    columns = np.ascontiguousarray(groups.T).astype(dtype)
+    rows = np.empty((len(groups), 8), dtype)
+    for i in range(8):
+        value = np.zeros(len(groups), dtype)
+        for k in range(i * bits // 8, (i * bits + bits - 1) // 8 + 1):
+            value |= _moved(columns[k], 8 * k - i * bits)
+        rows[:, i] = value & dtype.type(2**bits - 1)
+    return rows.reshape(-1)
+
+
+def _moved(values: Values, left: int) -> Values:
+    amount = values.dtype.type(abs(left))
+    return values << amount if left >= 0 else values >> amount
