@@ -74,10 +74,13 @@ class RankProblem(abc.ABC):
     Attributes:
         name: Name of the compressed class, for messages.
         limits: Largest useful rank of each mode; at the limits nothing is lost.
+        multiple: Channels that the processor computes together. A planner that is after speed sets it, and ``table``
+            then lists aligned ranks where it would list a choice of all; see :func:`aligned`.
     """
 
     name: str
     limits: tuple[int, ...]
+    multiple: int = 1
 
     @abc.abstractmethod
     def params(self, *ranks: IntArray | int) -> IntArray:
@@ -239,6 +242,19 @@ class SpeedUp(RankRule):
         allowed = problem.dense(positions)[1] / self.times
         ranks = _equal_ranks(problem.limits)
         return _largest(problem, ranks, problem.macs(positions, *ranks.T) <= allowed, str(self))
+
+
+def aligned(ranks: IntArray, limit: int, multiple: int) -> NDArray[np.bool_]:
+    """Return which ranks fill whole vectors: the multiples, their half and their quarter, and the full rank.
+
+    Args:
+        ranks: Ranks of one mode.
+        limit: Its full rank.
+        multiple: Channels that are computed together; with 1 all ranks are aligned.
+    """
+    parts = [part for part in (multiple // 4, multiple // 2) if part]
+    mask: NDArray[np.bool_] = (ranks % multiple == 0) | np.isin(ranks, parts) | (ranks == limit)
+    return mask
 
 
 def check_rank(owner: str, rank: object, limit: int, what: str = "rank") -> int:

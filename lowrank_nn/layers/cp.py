@@ -64,13 +64,14 @@ class _CPProblem(RankProblem):
         return Positions(1, *self.stride, 1, 1)
 
     def table(self, metric: Metric | None = None) -> RankTable:
-        """Return seven ranks between 4 % and 80 % of the dense parameters, with the errors of short fits.
+        """Return up to seven ranks between 4 % and 80 % of the dense parameters, with the errors of short fits.
 
         The error of a full fit is lower; there are no ranks where a single term costs more than the dense layer.
         """
         break_even = self.tensors.numel() / int(self.params(1))
-        ranks = np.unique(np.clip(_TABLE_SHARES * break_even, 1, self.limits[0]).astype(np.int64))
-        ranks = ranks[ranks < break_even]
+        wanted = np.clip(_TABLE_SHARES * break_even, 1, self.limits[0])
+        ranks = np.unique(wanted.astype(np.int64) // self.multiple * self.multiple)
+        ranks = ranks[(ranks > 0) & (ranks < break_even)]
         errors = np.zeros(len(ranks))
         for tensor in self.tensors if len(ranks) else ():
             start = cp_als(tensor, int(ranks[-1]), sweeps=0)

@@ -15,7 +15,7 @@ from lowrank_nn.decompose import Metric, tucker2, tucker2_errors
 from lowrank_nn.errors import RankError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer, Rank
-from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
+from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, aligned, check_rank
 from lowrank_nn.layers._refine import refine_
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_bias_, factor_std
 from lowrank_nn.layers._source import Source, read_layer
@@ -71,7 +71,8 @@ class _TuckerProblem(RankProblem):
 
         Pairs that save nothing are left out, but for the lossless one at the limits.
         """
-        pairs = np.stack(np.meshgrid(*map(_grid, self.limits), indexing="ij"), axis=-1).reshape(-1, 2)
+        grids = [_grid(limit, self.multiple) for limit in self.limits]
+        pairs = np.stack(np.meshgrid(*grids, indexing="ij"), axis=-1).reshape(-1, 2)
         out, inn = pairs.T
         positions = self.typical_positions()
         params, macs = self.params(out, inn), self.macs(positions, out, inn)
@@ -96,14 +97,18 @@ def _limits(out: int, inn: int, taps: int) -> tuple[int, int]:
     return min(out, inn * taps), min(inn, out * taps)
 
 
-def _grid(limit: int) -> IntArray:
-    """Ranks up to ``limit``: all to 16, then in steps of 2, 4, 8 ... that grow with the rank; and the limit itself."""
+def _grid(limit: int, multiple: int) -> IntArray:
+    """Ranks up to ``limit``: all to 16, then in steps of 2, 4, 8 ... that grow with the rank; and the limit itself.
+
+    With a ``multiple``, only the aligned ones.
+    """
     ranks = list(range(1, min(limit, 16) + 1))
     step = 2
     while ranks[-1] + step <= limit:
         ranks.append(ranks[-1] + step)
         step = min(16, max(2, 2 ** (ranks[-1].bit_length() - 4)))
-    return np.unique([*ranks, limit])
+    grid = np.unique([*ranks, limit])
+    return grid[aligned(grid, limit, multiple)]
 
 
 def _front(costs: IntArray, errors: NDArray[np.float64], among: NDArray[np.bool_]) -> IntArray:

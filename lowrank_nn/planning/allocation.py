@@ -75,7 +75,7 @@ def _prices(entries: int, steps: int) -> Iterator[Floats]:
 
 def _cheapest_multiplier(layers: Sequence[Choices], allowed: Floats, prices: Floats) -> list[int] | None:
     """Bisect, on a log scale, the smallest multiplier whose choice fits the budget."""
-    scale = np.maximum(allowed, 1.0)
+    scale = np.where(allowed > 0, allowed, 1.0)
     priced = [choices.costs / scale @ prices for choices in layers]
 
     def choose(multiplier: float) -> list[int]:
@@ -99,7 +99,7 @@ def _cheapest_multiplier(layers: Sequence[Choices], allowed: Floats, prices: Flo
 def _spend_leftovers(layers: Sequence[Choices], allowed: Floats, chosen: list[int]) -> list[int]:
     """Upgrade single layers, the best bargain first, while the budget lasts."""
     chosen = list(chosen)
-    scale = np.maximum(allowed, 1.0)
+    scale = np.where(allowed > 0, allowed, 1.0)
     while True:
         left = allowed - _cost(layers, chosen)
         bargains = [_best_upgrade(choices, now, left, scale) for choices, now in zip(layers, chosen, strict=True)]

@@ -19,6 +19,8 @@ class Budget:
         params: Share of the stored scalars.
         macs: Share of the multiply-accumulates of one forward of the example inputs.
         bytes: Share of the bytes that the tensors take in a saved file.
+        latency: Share of the measured time of one forward of the example inputs, on this machine, with torch's current
+            number of threads.
 
     Raises:
         OptionError: No share is given, or one is outside (0, 1].
@@ -27,11 +29,12 @@ class Budget:
     params: float | None = None
     macs: float | None = None
     bytes: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         shares = self.shares()
         if not shares:
-            raise OptionError("Budget: give at least one of params, macs, bytes.")
+            raise OptionError("Budget: give at least one of params, macs, bytes, latency.")
         for name, share in shares.items():
             if not 0 < share <= 1:
                 raise OptionError(
@@ -44,13 +47,14 @@ class Budget:
         fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {name: share for name, share in fields if share is not None}
 
-    def allowed(self, dense: Cost) -> NDArray[np.float64]:
-        """Return what each given share allows for a model whose dense cost is ``dense``."""
-        return np.array([share * getattr(dense, name) for name, share in self.shares().items()])
+    def allowed(self, dense: Cost, milliseconds: float = 0.0) -> NDArray[np.float64]:
+        """Return what each given share allows for a model with the dense cost and latency given."""
+        return np.array(list(self.shares().values())) * self.spent(dense, milliseconds)
 
-    def spent(self, cost: Cost) -> NDArray[np.float64]:
-        """Return the entries of ``cost`` that this budget limits, in the order of :meth:`shares`."""
-        return np.array([getattr(cost, name) for name in self.shares()], dtype=np.float64)
+    def spent(self, cost: Cost, milliseconds: float = 0.0) -> NDArray[np.float64]:
+        """Return what this budget limits of a cost and a latency, in the order of :meth:`shares`."""
+        amounts = dataclasses.asdict(cost) | {"latency": milliseconds}
+        return np.array([amounts[name] for name in self.shares()], dtype=np.float64)
 
     def scaled(self, factor: float) -> Budget:
         """Return the budget with every share multiplied by ``factor``, none above 1."""

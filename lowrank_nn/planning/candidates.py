@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lowrank_nn.cost import Cost
 from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Site
-from lowrank_nn.layers import LowRankLayer, Positions, read_layer
-from lowrank_nn.layers._ranks import IntArray
+from lowrank_nn.layers import LowRankLayer, Positions, RankProblem, read_layer
+from lowrank_nn.layers._ranks import IntArray, aligned
 from lowrank_nn.planning.allocation import Choices, Floats
 from lowrank_nn.planning.budget import Budget
 
@@ -32,12 +33,14 @@ class Candidate:
         options: What its ``from_pretrained_layer`` is called with, the metric apart.
         error: Relative squared change of the weight, ||W - W'||^2 / ||W||^2, or e(W - W') / e(W) under a metric.
         cost: Params, MACs and bytes of the weight (no bias).
+        latency: Milliseconds of all calls of one forward; 0 where nothing was timed.
     """
 
     layer_class: type[LowRankLayer] | None
     options: dict[str, Any]
     error: float
     cost: Cost
+    latency: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ class SiteCandidates:
         relative: Floats = np.array([candidate.error for candidate in self.candidates])
         lost = -np.log(np.clip(1 - relative, _LEAST_KEPT, 1.0))
         errors = lost if self.scale is None else relative * self.scale
-        return Choices(errors, np.stack([budget.spent(candidate.cost) for candidate in self.candidates]))
+        return Choices(errors, _costs(self.candidates, budget))
 
 
 def low_rank_candidates(
@@ -76,8 +79,13 @@ def low_rank_candidates(
     layer: nn.Module,
     classes: Sequence[type[LowRankLayer]],
     metric: Metric | None = None,
+    *,
+    multiple: int = 1,
 ) -> SiteCandidates:
     """List every format and rank for ``layer`` that saves parameters or MACs and costs more of neither.
+
+    With a ``multiple``, latency is to decide: what another candidate beats in parameters and MACs stays, since it may
+    be the faster one.
 
     Args:
         site: Where the layer is and what it was called with.
@@ -85,6 +93,7 @@ def low_rank_candidates(
         classes: Formats to consider; those that do not replace this kind of layer are skipped.
         metric: What the errors measure; None for the squared Frobenius norm. With a curvature of the network's output
             in it, errors of different layers are comparable.
+        multiple: Only ranks that are multiples of this are listed, and small ones and full ranks.
     """
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -98,12 +107,13 @@ def low_rank_candidates(
     for cls in (cls for cls in classes if isinstance(layer, cls.replaces)):
         for options in cls.formats:
             try:
-                found += _of_one_format(cls, options, judge, positions)
+                found += _of_one_format(cls, options, judge, positions, multiple)
             except LowRankError as error:
                 notes.append(error.message)
     note = "" if found else (notes[0] if notes else "no format at any rank is smaller")
     scale = judge.size if metric is not None and metric.curvature is not None else None
-    return SiteCandidates(site.path, [dense, *_undominated(found)], note, scale)
+    kept = undominated(found, Budget(params=1, macs=1)) if multiple == 1 else found
+    return SiteCandidates(site.path, [dense, *kept], note, scale)
 
 
 class _Judge:
@@ -130,18 +140,19 @@ class _Judge:
 
 
 def _of_one_format(
-    cls: type[LowRankLayer], options: dict[str, Any], judge: _Judge, positions: list[Positions]
+    cls: type[LowRankLayer], options: dict[str, Any], judge: _Judge, positions: list[Positions], multiple: int
 ) -> list[Candidate]:
     """Return the candidates of one class and variant that save something and cost more of nothing."""
     source = read_layer(judge.layer, cls)
     problem = cls.rank_problem(source, **options)
+    problem.multiple = multiple
     table = problem.table(judge.metric)
     params = problem.params(*table.ranks.T)
     macs = np.sum([problem.macs(p, *table.ranks.T) for p in positions], axis=0)
     dense_params = problem.dense(positions[0])[0]
     dense_macs = sum(problem.dense(p)[1] for p in positions)
     saves = (params <= dense_params) & (macs <= dense_macs) & ((params < dense_params) | (macs < dense_macs))
-    chosen = np.flatnonzero(saves)
+    chosen = np.flatnonzero(saves & _aligned(table.ranks, problem))
     if table.estimated:
         chosen = chosen[_spread(params[chosen], table.errors[chosen])]
     found = []
@@ -152,6 +163,13 @@ def _of_one_format(
         error = judge.fit(cls, {"rank": rank, **options}) if table.estimated else float(table.errors[i])
         found.append(Candidate(cls, {"rank": rank, **options}, max(0.0, error) / judge.size, cost))
     return found
+
+
+def _aligned(ranks: IntArray, problem: RankProblem) -> NDArray[np.bool_]:
+    """Return which rows of ranks fill whole vectors; all of them where none does."""
+    modes = zip(ranks.T, problem.limits, strict=True)
+    mask = np.all([aligned(mode, limit, problem.multiple) for mode, limit in modes], axis=0)
+    return mask if mask.any() else np.ones_like(mask)
 
 
 def _spread(params: IntArray, errors: Floats) -> IntArray:
@@ -176,16 +194,21 @@ def call_macs(positions: Positions, layer: nn.Module) -> int:
     return layer.weight.numel() * positions.outputs
 
 
-def _undominated(candidates: list[Candidate]) -> list[Candidate]:
-    """Drop candidates that another one beats or equals in error, params and MACs."""
+def undominated(candidates: list[Candidate], budget: Budget) -> list[Candidate]:
+    """Drop candidates that another one beats or equals in error and in all that ``budget`` limits."""
     if not candidates:
         return []
-    table = np.array([(c.error, c.cost.params, c.cost.macs) for c in candidates])
-    order = np.lexsort((table[:, 2], table[:, 1], table[:, 0]))
+    costs = _costs(candidates, budget)
+    errors = np.array([candidate.error for candidate in candidates])
+    order = np.lexsort((*costs.T[::-1], errors))
     kept: list[int] = []
-    front = np.empty((0, 2))
-    for i in order:  # by rising error: keep what is strictly cheaper than all before it in params or MACs
-        if not (front <= table[i, 1:]).all(axis=1).any():
+    front = np.empty((0, costs.shape[1]))
+    for i in order:  # by rising error: keep what is strictly cheaper than all before it in some entry
+        if not (front <= costs[i]).all(axis=1).any():
             kept.append(int(i))
-            front = np.vstack([front, table[i, 1:]])
+            front = np.vstack([front, costs[i]])
     return [candidates[i] for i in sorted(kept)]
+
+
+def _costs(candidates: Sequence[Candidate], budget: Budget) -> Floats:
+    return np.stack([budget.spent(candidate.cost, candidate.latency) for candidate in candidates])

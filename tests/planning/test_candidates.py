@@ -9,7 +9,7 @@ from lowrank_nn.cost import Cost, dense_cost
 from lowrank_nn.graph import record
 from lowrank_nn.layers import CPConv2d, SVDConv2d, SVDLinear, TuckerConv2d
 from lowrank_nn.planning import Budget, Candidate, low_rank_candidates
-from lowrank_nn.planning.candidates import _undominated
+from lowrank_nn.planning.candidates import undominated
 from tests.storage.models import seeded
 
 MATRICES = (SVDConv2d, SVDLinear, TuckerConv2d)
@@ -94,7 +94,7 @@ def test_what_is_equal_or_worse_is_dropped():
 
     good = [candidate(0.1, 10, 10), candidate(0.2, 5, 20), candidate(0.3, 20, 5)]
     bad = [candidate(0.1, 10, 10), candidate(0.4, 10, 10), candidate(0.2, 11, 10)]
-    assert _undominated([*bad[:1], *good[1:], *bad[1:]]) == good
+    assert undominated([*bad[:1], *good[1:], *bad[1:]], Budget(params=1, macs=1)) == good
 
 
 def test_cp_costs_and_errors():

@@ -1,0 +1,176 @@
+"""What a call of a convolution or linear layer takes: timings of such calls, and a formula fitted to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from lowrank_nn.cost._dense import conv_output_size
+
+Floats = NDArray[np.float64]
+
+_SMALL_INPUT = 20480  # torch's own limit: single images up to this many scalars are convolved outside of oneDNN
+_FEW = 5  # timings of one kind of call that a fit of its own needs
+_REWEIGHTS = 8
+_REACH = 0.5  # distance, on a log scale of channels and positions, over which a timing tells about its neighbours
+_DOUBT = 0.3  # weight of the formula itself against that of the neighbours
+_LEAST = 1e-4  # milliseconds; below any call
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafCall:
+    """One call of a convolution or linear layer, as the latency model sees it.
+
+    Attributes:
+        key: Names the layer, its options and its input: equal keys take equal time.
+        kind: Calls that run the same kind of kernel and share coefficients.
+        work: Amounts of work that take time: the call itself, multiply-accumulates with the output channels padded to
+            the vector width, weights, activations read and written, entries of the unfolded input.
+        place: Logarithms of the input channels per group, the output channels, the positions and the taps.
+    """
+
+    key: str
+    kind: str
+    work: tuple[float, ...]
+    place: tuple[float, ...]
+
+
+def leaf_call(key: str, layer: Mapping[str, Any], input_shape: Sequence[int], width: int) -> LeafCall:
+    """Describe a call of an ``nn.Conv2d``, an ``nn.Linear`` or a layer in the place of one.
+
+    Args:
+        key: See :class:`LeafCall`.
+        layer: Constructor arguments of the dense layer.
+        input_shape: Shape of its input, batched or not.
+        width: Number of output channels that are computed together; see :func:`vector_width`.
+    """
+    if "in_features" in layer:
+        positions = math.prod(input_shape[:-1])
+        return _call(key, "linear", width, positions, layer["in_features"], layer["out_features"])
+    kernel, groups = layer["kernel_size"], layer["groups"]
+    batch, taps = math.prod(input_shape[:-3]), math.prod(kernel)
+    size = conv_output_size(input_shape[-2:], kernel, layer["stride"], layer["padding"], layer["dilation"])
+    small = batch == 1 and groups == 1 and max(kernel) <= 3 and math.prod(input_shape) <= _SMALL_INPUT
+    kind = "pointwise" if taps == 1 else "depthwise" if groups == layer["in_channels"] else "spatial"
+    return _call(
+        key,
+        f"{kind}, small" if small else kind,
+        width,
+        batch * math.prod(size),
+        layer["in_channels"],
+        layer["out_channels"],
+        taps=taps,
+        groups=groups,
+        inputs=math.prod(input_shape),
+    )
+
+
+def between_stages(key: str) -> LeafCall:
+    """Describe what a layer of several stages adds to them: the calls themselves, padding."""
+    return LeafCall(key, "between stages", (1.0, 0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0))
+
+
+def _call(
+    key: str,
+    kind: str,
+    width: int,
+    positions: int,
+    channels: int,
+    out: int,
+    *,
+    taps: int = 1,
+    groups: int = 1,
+    inputs: int | None = None,
+) -> LeafCall:
+    inner, outer = channels // groups, out // groups
+    padded = outer if inner == 1 else -(-outer // width) * width  # depthwise kernels vectorise over the groups
+    inputs = positions * channels if inputs is None else inputs
+    work = (
+        1.0,
+        float(positions * groups * padded * inner * taps),
+        float(out * inner * taps),
+        float(inputs + positions * out),
+        float(positions * channels * taps) if taps > 1 else 0.0,
+    )
+    place = tuple(math.log(max(1, amount)) for amount in (inner, out, positions, taps))
+    return LeafCall(key, kind, work, place)
+
+
+def vector_width(device: torch.device) -> int:
+    """Return the number of float32 channels that convolution kernels compute together on ``device``.
+
+    That is 16 with AVX-512 (channels are laid out in blocks of 16) and 8 elsewhere: AVX2, and tensor cores.
+    """
+    return 16 if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+
+
+class LatencyModel:
+    r"""Milliseconds of calls: as timed where they were, by formula in between.
+
+    t = c_0 + c_1 (padded MACs) + c_2 (weights) + c_3 (activations) + c_4 (unfolded inputs), with coefficients
+    :math:`c \ge 0` for each kind of call, which minimise the sum of the relative errors. Next to timed calls
+    the formula is corrected by their residuals, averaged with a Gaussian weight over the logarithms of channels and
+    positions.
+
+    Args:
+        timings: Measured milliseconds of calls; one at least.
+
+    Attributes:
+        median_error: Median relative error of the formula, uncorrected, over the timings.
+    """
+
+    def __init__(self, timings: Mapping[LeafCall, float]) -> None:
+        self._exact = {call.key: time for call, time in timings.items()}
+        calls, times = list(timings), np.array(list(timings.values()))
+        self._coefficients = {"": _fit(calls, times)}
+        self._neighbours: dict[str, tuple[Floats, Floats]] = {}
+        errors = []
+        for kind in {call.kind for call in calls}:
+            some = [index for index, call in enumerate(calls) if call.kind == kind]
+            own, theirs = [calls[index] for index in some], times[some]
+            if len(own) >= _FEW:
+                self._coefficients[kind] = _fit(own, theirs)
+            residuals = np.log(theirs / [self._formula(call) for call in own])
+            self._neighbours[kind] = np.array([call.place for call in own]), residuals
+            errors += list(np.abs(np.expm1(-residuals)))
+        self.median_error = float(np.median(errors))
+        self.milliseconds = functools.cache(self._milliseconds)
+
+    def _milliseconds(self, call: LeafCall) -> float:
+        if call.key in self._exact:
+            return self._exact[call.key]
+        return self._formula(call) * math.exp(self._correction(call))
+
+    def _formula(self, call: LeafCall) -> float:
+        coefficients = self._coefficients.get(call.kind, self._coefficients[""])
+        return max(_LEAST, float(np.dot(coefficients, call.work)))
+
+    def _correction(self, call: LeafCall) -> float:
+        """Return the mean log residual of the timed calls around this one, drawn to zero where there are few."""
+        if call.kind not in self._neighbours:
+            return 0.0
+        places, residuals = self._neighbours[call.kind]
+        distances = np.square(places - call.place).sum(axis=1)
+        weights = np.exp(-distances / (2 * _REACH**2))
+        return float(weights @ residuals / (weights.sum() + _DOUBT))
+
+
+def _fit(calls: Sequence[LeafCall], times: Floats) -> Floats:
+    """Return the non-negative coefficients with the least sum of relative errors (iteratively reweighted squares)."""
+    work = np.array([call.work for call in calls])
+    scale = np.maximum(work.max(axis=0), 1e-300)
+    relative = work / scale / times[:, None]
+    weights = np.ones(len(times))
+    for _ in range(_REWEIGHTS):
+        solution, _ = nnls(relative * weights[:, None], weights)
+        weights = 1 / np.sqrt(np.maximum(np.abs(relative @ solution - 1), 0.02))
+    coefficients: Floats = solution / scale
+    return coefficients

@@ -1,0 +1,123 @@
+"""Candidates that are to be fast: timed in place, and only those kept that beat the dense layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from lowrank_nn.graph import Recording, Site
+from lowrank_nn.layers import CompressedLayer, read_layer
+from lowrank_nn.planning.budget import Budget
+from lowrank_nn.planning.candidates import Candidate, SiteCandidates, undominated
+from lowrank_nn.planning.clock import Clock
+
+Replaced = dict[str, CompressedLayer]
+"""Layers without numbers, by the path where they stand."""
+
+_PROBED = (0.2, 0.5)  # shares of the dense layer's MACs at which each format is timed
+_CHECKS = 3  # times that the fastest candidates are timed of layers where all seem slower than the dense one
+
+
+class TimedCandidates:
+    """The candidates of some sites, with what the clock says of each.
+
+    Args:
+        tables: The candidates of each site.
+        recording: What the model as it is now is recorded to do.
+        clock: Gives the times.
+    """
+
+    def __init__(self, tables: Sequence[SiteCandidates], recording: Recording, clock: Clock) -> None:
+        self._tables, self._clock = list(tables), clock
+        self._sites = [recording[table.path] for table in tables]
+        self._built = [_built(table, site) for table, site in zip(tables, self._sites, strict=True)]
+        self._present = present_layers(recording)
+
+    def probes(self) -> list[Replaced]:
+        """Return what is to be measured first: every format at two sizes in every layer, all layers at a time.
+
+        Where the same has been timed before, on this machine, it is left out.
+        """
+        queues = []
+        for site, (dense, *candidates), layers in self._rows():
+            picks = _spread_over_formats(candidates, dense)
+            queues.append([(site.path, layers[i]) for i in picks if not self._clock.knows(layers[i], site.calls)])
+        turns = itertools.zip_longest(*queues)
+        return [self._present | dict(entry for entry in turn if entry is not None) for turn in turns]
+
+    def measure(self, probes: Iterable[Replaced]) -> None:
+        """Time ``probes``; then, where nothing seems faster than the dense layer, what comes nearest to it."""
+        for probe in probes:
+            self._clock.measure(probe)
+        for _ in range(_CHECKS):
+            nearest = dict(self._nearest())
+            if not nearest:
+                return
+            self._clock.measure(self._present | nearest)
+
+    def faster(self, budget: Budget) -> list[SiteCandidates]:
+        """Return the tables with their latencies, without all that takes as long as the dense layer or longer.
+
+        Args:
+            budget: Candidates that another one beats in error and in every entry of it are left out too.
+        """
+        return [
+            _faster_ones(table, [self._clock.layer(layer, site.calls) for layer in (site.layer, *layers)], budget)
+            for table, (site, _, layers) in zip(self._tables, self._rows(), strict=True)
+        ]
+
+    def _rows(self) -> Iterator[tuple[Site, list[Candidate], list[CompressedLayer]]]:
+        """Yield, per site, the candidates, and the layers that all but the first (the dense one) stand for."""
+        for table, site, layers in zip(self._tables, self._sites, self._built, strict=True):
+            yield site, table.candidates, layers
+
+    def _nearest(self) -> Iterator[tuple[str, CompressedLayer]]:
+        """Yield the fastest candidate of every site with none that seems fast, if it was not timed yet."""
+        for site, _, layers in self._rows():
+            times = [self._clock.layer(layer, site.calls) for layer in layers]
+            if times and min(times) >= self._clock.layer(site.layer, site.calls):
+                best = layers[int(np.argmin(times))]
+                if not self._clock.knows(best, site.calls):
+                    yield site.path, best
+
+
+def present_layers(recording: Recording) -> Replaced:
+    """Return the compressed layers of a model, those inside others left out."""
+    sites = (site for site in recording.sites if site.inside is None)
+    return {site.path: site.layer for site in sites if isinstance(site.layer, CompressedLayer)}
+
+
+def _built(table: SiteCandidates, site: Site) -> list[CompressedLayer]:
+    """Build the candidates of a site, but for the dense layer, on the meta device."""
+    layers: list[CompressedLayer] = []
+    for candidate in table.candidates[1:]:
+        assert candidate.layer_class is not None
+        source = read_layer(site.layer, candidate.layer_class)
+        options = source.arguments | candidate.options
+        layers.append(candidate.layer_class.empty(device="meta", dtype=source.weight.dtype, **options))
+    return layers
+
+
+def _spread_over_formats(candidates: Sequence[Candidate], dense: Candidate) -> list[int]:
+    """Return the indices of the candidates of each format whose MACs come nearest to some shares of the dense ones."""
+    formats: dict[str, list[int]] = {}
+    for index, candidate in enumerate(candidates):
+        assert candidate.layer_class is not None
+        variant = {name: value for name, value in candidate.options.items() if name != "rank"}
+        formats.setdefault(f"{candidate.layer_class.__name__} {variant}", []).append(index)
+    shares = np.array([candidate.cost.macs for candidate in candidates]) / max(1, dense.cost.macs)
+    picks = [members[int(np.abs(shares[members] - s).argmin())] for members in formats.values() for s in _PROBED]
+    return list(dict.fromkeys(picks))
+
+
+def _faster_ones(table: SiteCandidates, times: Sequence[float], budget: Budget) -> SiteCandidates:
+    """Return the table with these latencies, and a note in place of candidates if there is no fast one."""
+    dense, *rest = (dataclasses.replace(c, latency=time) for c, time in zip(table.candidates, times, strict=True))
+    faster = [candidate for candidate in rest if candidate.latency < dense.latency]
+    note = table.note
+    if rest and not faster:
+        note = f"measured slower: {min(times[1:]):.3g} ms against {dense.latency:.3g} ms dense"
+    return dataclasses.replace(table, candidates=[dense, *undominated(faster, budget)], note=note)
