@@ -21,7 +21,7 @@ def to_text(report: Report) -> str:
     lines = [_line(row, widths) for row in cells]
     rule = "-" * min(WIDTH, max(len(line) for line in lines))
     body = [report.title, rule, lines[0], rule, *lines[1:-2], rule, *lines[-2:], rule]
-    return "\n".join([*body, *_summary(report), *_left(report)])
+    return "\n".join([*body, *_summary(report), *_wrapped_notes(report)])
 
 
 def to_markdown(report: Report) -> str:
@@ -31,7 +31,7 @@ def to_markdown(report: Report) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * 3 + " ---: |" * 6]
     lines += ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in [*rows, *_footer(report)]]
     lines += ["", *(f"- {line}" for line in _summary(report))]
-    lines += [f"- left as they were ({reason}): {_listed(paths)}" for reason, paths in report.left.items()]
+    lines += [f"- {note}" for note in _notes(report)]
     return "\n".join(lines)
 
 
@@ -40,7 +40,7 @@ def to_html(report: Report) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in _HEAD)
     body = "".join(_html_row(_cells(row), bold=row.replaced) for row in report.rows)
     foot = "".join(_html_row(row, bold=False) for row in _footer(report))
-    notes = "".join(f"<li>{html.escape(line)}</li>" for line in [*_summary(report), *_left(report)])
+    notes = "".join(f"<li>{html.escape(line)}</li>" for line in [*_summary(report), *_notes(report)])
     return (
         f"<table><caption>{html.escape(report.title)}</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody><tfoot>{foot}</tfoot></table><ul>{notes}</ul>"
@@ -114,11 +114,15 @@ def _summary(report: Report) -> list[str]:
     return lines
 
 
-def _left(report: Report) -> list[str]:
+def _notes(report: Report) -> list[str]:
+    left = [f"left as they were ({reason}): {_listed(paths)}" for reason, paths in report.left.items()]
+    return left + [f"{remark}: {_listed(paths)}" for remark, paths in report.remarks.items()]
+
+
+def _wrapped_notes(report: Report) -> list[str]:
     lines = []
-    for reason, paths in report.left.items():
-        text = f"left as they were ({reason}): {_listed(paths)}"
-        lines += textwrap.wrap(text, WIDTH, subsequent_indent="    ", break_long_words=True, break_on_hyphens=False)
+    for note in _notes(report):
+        lines += textwrap.wrap(note, WIDTH, subsequent_indent="    ", break_long_words=True, break_on_hyphens=False)
     return lines
 
 

@@ -87,6 +87,7 @@ class Report:
             and where ``save`` refuses a model.
         left: Reason to paths of the layers that a step left as they were.
         latency: Measured times, if asked for.
+        remarks: What else there is to know about layers: remark to paths.
     """
 
     title: str
@@ -97,6 +98,7 @@ class Report:
     file_bytes: tuple[int, int] | None
     left: dict[str, tuple[str, ...]]
     latency: Latency | None = None
+    remarks: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def compression_rate(self) -> dict[str, float]:
@@ -138,6 +140,7 @@ class Report:
             "after": dataclasses.asdict(self.after),
             "file_bytes": None if self.file_bytes is None else list(self.file_bytes),
             "left": {reason: list(paths) for reason, paths in self.left.items()},
+            "remarks": {remark: list(paths) for remark, paths in self.remarks.items()},
             "latency": None if self.latency is None else dataclasses.asdict(self.latency),
             "compression_rate": self.compression_rate,
             "index_space_saving": self.index_space_saving,

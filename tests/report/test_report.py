@@ -1,5 +1,6 @@
 """Reports: what they say, against the models themselves, and how they look."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -289,3 +290,12 @@ def test_describe():
     assert describe(tucker) == ("TuckerConv2d+QuantConv2d", "rank=(8, 4) bits=4..8")
     pruned = lnn.PrunedConv2d.from_pretrained_layer(conv, sparsity=0.25)
     assert describe(pruned) == ("PrunedConv2d", "sparsity=0.25 unit=element")
+
+
+def test_remarks_are_shown_everywhere():
+    remark = "fitted against its own inputs (called twice)"
+    report = dataclasses.replace(example(), remarks={remark: ("a.b", "c")})
+    assert f"{remark}: a.b, c" in str(report)
+    assert f"- {remark}: a.b, c" in report.to_markdown()
+    assert f"<li>{remark}: a.b, c</li>" in report._repr_html_()
+    assert report.to_dict()["remarks"] == {remark: ["a.b", "c"]}
