@@ -29,6 +29,7 @@ from lowrank_nn.layers import PrunedLinear as PrunedLinear
 from lowrank_nn.layers import QuantConv2d as QuantConv2d
 from lowrank_nn.layers import QuantLinear as QuantLinear
 from lowrank_nn.layers import RankRule as RankRule
+from lowrank_nn.layers import SpatialSVDConv2d as SpatialSVDConv2d
 from lowrank_nn.layers import SpeedUp as SpeedUp
 from lowrank_nn.layers import SVDConv2d as SVDConv2d
 from lowrank_nn.layers import SVDLinear as SVDLinear
