@@ -78,7 +78,8 @@ def _shifted(values: Values, offset: int, dtype: np.dtype[Any]) -> Values:
     # As unsigned numbers of the wider of the two dtypes, where additions wrap.
     wide = np.dtype(f"<u{max(values.dtype.itemsize, dtype.itemsize)}")
     total = values.astype(wide) + wide.type(offset % 2 ** (8 * wide.itemsize))
-    return total.astype(dtype)
+    shifted: Values = total.astype(dtype)
+    return shifted
 
 
 def _pack_groups(groups: Values, bits: int) -> Bytes:
@@ -108,4 +109,5 @@ def _unpack_groups(groups: Bytes, bits: int) -> Values:
 
 def _moved(values: Values, left: int) -> Values:
     amount = values.dtype.type(abs(left))
-    return values << amount if left >= 0 else values >> amount
+    moved: Values = values << amount if left >= 0 else values >> amount
+    return moved

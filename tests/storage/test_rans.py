@@ -1,0 +1,194 @@
+import itertools
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import entropy
+
+from lowrank_nn.errors import FileFormatError
+from lowrank_nn.storage._frequencies import PRECISIONS, coded_bits, count_symbols, read_table, scale_counts, write_table
+from lowrank_nn.storage._rans import MANY_LANES, MAX_STEPS, coded_size, decode, encode
+
+
+def draw(count, shares, seed=0):
+    shares = np.asarray(shares, float)
+    return np.random.default_rng(seed).choice(len(shares), count, p=shares / shares.sum()).astype(np.uint8)
+
+
+BELL = np.exp(-((np.arange(256) - 127.5) ** 2) / 3200)
+TWO_SIDED = np.exp(-abs(np.arange(16) - 7.5) / 2)
+SPARSE = np.r_[0.7, 0.3 * TWO_SIDED[1:] / TWO_SIDED[1:].sum()]
+GEOMETRIC = 0.8 ** np.arange(60)
+
+
+def by_the_document(data, count):
+    """Decode a block with whole numbers, symbol by symbol, as docs/file_format.md describes it."""
+    precision, largest, lanes = data[0], data[1], int.from_bytes(data[2:6], "little")
+    bits = (byte >> i & 1 for byte in data[6:] for i in range(8))
+    shares, length, read = [], 0, 0
+    for _ in range(largest + 1):
+        zeros = sum(1 for _ in itertools.takewhile(lambda bit: not bit, bits))
+        length += (zeros + 1) // 2 if zeros % 2 else -zeros // 2
+        shares.append((1 << length - 1) + sum(next(bits) << i for i in range(length - 1)) if length else 0)
+        read += zeros + 1 + max(length - 1, 0)
+    assert sum(shares) == 2**precision
+    at = 6 + -(-read // 8)
+    states = [int.from_bytes(data[at + 4 * i : at + 4 * i + 4], "little") for i in range(lanes)]
+    at += 4 * lanes
+    width = max(1, largest.bit_length())
+    tail = min(count, 16 * lanes // width)
+    owner = [symbol for symbol, share in enumerate(shares) for _ in range(share)]
+    begins = [0, *itertools.accumulate(shares)]
+    symbols = []
+    for i in range(count - tail):
+        x = states[i % lanes]
+        slot = x % 2**precision
+        symbols.append(owner[slot])
+        x = shares[owner[slot]] * (x >> precision) + slot - begins[owner[slot]]
+        if x < 2**16:
+            x = x << 16 | int.from_bytes(data[at : at + 2], "little")
+            at += 2
+        states[i % lanes] = x
+    assert all(x >> 16 == 1 for x in states)
+    lower = sum((x & 0xFFFF) << 16 * i for i, x in enumerate(states))
+    symbols += [lower >> width * i & (1 << width) - 1 for i in range(tail)]
+    return symbols, at
+
+
+@given(
+    count=st.integers(1, 5000),
+    alphabet=st.integers(1, 256),
+    shape=st.sampled_from([lambda s: 1 + 0 * s, lambda s: 0.9**s, lambda s: 0.01**s, lambda s: s % 7 == 3]),
+    seed=st.integers(0, 999),
+)
+def test_comes_back_also_by_the_document(count, alphabet, shape, seed):
+    shares = np.asarray(shape(np.arange(256.0)), float)[:alphabet]
+    symbols = draw(count, shares if shares.any() else shares + 1, seed)
+    data = encode(symbols)
+    back, used = decode(data, count)
+    assert used == data.size
+    assert np.array_equal(back, symbols)
+    assert by_the_document(data.tobytes(), count) == (symbols.tolist(), data.size)
+
+
+@pytest.mark.parametrize("symbols", [[], [0], [255], [7] * 1000, [0, 255] * 3, list(range(256)), [0] * 70000 + [1]])
+def test_unusual_symbols(symbols):
+    symbols = np.array(symbols, np.uint8)
+    data = encode(symbols)
+    back, used = decode(np.r_[data, np.arange(5, dtype=np.uint8)], symbols.size)  # what follows is not read
+    assert used == data.size
+    assert np.array_equal(back, symbols)
+
+
+@pytest.mark.parametrize(
+    ("shares", "over"),
+    [(BELL, 0.006), (TWO_SIDED, 0.006), (SPARSE, 0.011), (GEOMETRIC, 0.009), ([0.9, 0.1], 0.012)],
+)
+def test_size_is_near_the_entropy(shares, over):
+    symbols = draw(600_000, shares)
+    data = encode(symbols)
+    best = entropy(np.bincount(symbols), base=2) * symbols.size / 8
+    assert best < data.size < best * (1 + over) + 100
+    assert abs(coded_size(count_symbols(symbols)) - data.size) < 0.003 * data.size + 8
+    assert np.array_equal(decode(data, symbols.size)[0], symbols)
+
+
+def lanes_of(data):
+    return int.from_bytes(data[2:6].tobytes(), "little")
+
+
+def test_the_number_of_steps_is_bounded():
+    nearly_one = np.zeros(10_000_000, np.uint8)
+    nearly_one[::1000] = 1
+    data = encode(nearly_one)
+    assert -(-nearly_one.size // MAX_STEPS) == lanes_of(data)
+    assert data.size < nearly_one.size / 400  # of which the lanes take half
+    assert np.array_equal(decode(data, nearly_one.size)[0], nearly_one)
+    assert lanes_of(encode(draw(6_000_000, BELL))) == MANY_LANES
+
+
+def test_decoding_takes_little_memory_beside_the_symbols():
+    symbols = draw(4_000_000, TWO_SIDED)
+    data = encode(symbols)
+    tracemalloc.start()
+    decode(data, symbols.size)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.3 * symbols.size
+
+
+@given(st.data())
+def test_damaged_blocks(data):
+    symbols = draw(data.draw(st.sampled_from([1, 40, 3000])), GEOMETRIC)
+    broken = encode(symbols).copy()
+    for _ in range(data.draw(st.integers(1, 5))):
+        broken[data.draw(st.integers(0, broken.size - 1))] = data.draw(st.integers(0, 255))
+    broken = broken[: data.draw(st.integers(0, broken.size))]
+    try:
+        back, used = decode(broken, symbols.size)
+    except FileFormatError:
+        return
+    assert (back.dtype, back.size) == (np.uint8, symbols.size)
+    assert used <= broken.size
+
+
+@given(st.binary(max_size=400), st.integers(1, 2000))
+def test_random_blocks(data, count):
+    data = np.frombuffer(bytes([12, 9]) + data, np.uint8)
+    try:
+        back, _ = decode(data, count)
+    except FileFormatError:
+        return
+    assert back.size == count
+
+
+@pytest.mark.parametrize("count", [10**7, 2**40, 2**62])
+def test_more_symbols_than_the_lanes_may_hold(count):
+    data = encode(np.zeros(100, np.uint8))  # of one symbol every number takes no bits
+    begin = time.perf_counter()
+    with pytest.raises(FileFormatError, match="cannot hold"):
+        decode(data, count)
+    data[2:6] = 255
+    with pytest.raises(FileFormatError, match="cannot hold"):
+        decode(data, count)
+    assert time.perf_counter() - begin < 1
+
+
+@given(
+    st.lists(st.integers(0, 10**6), min_size=1, max_size=256).filter(any),
+    st.sampled_from(PRECISIONS),
+)
+def test_frequencies(counts, precision):
+    counts = np.array(counts, np.int64)
+    frequencies = scale_counts(counts, precision)
+    assert frequencies.sum() == 1 << precision
+    assert np.array_equal(frequencies > 0, counts > 0)
+    table = write_table(frequencies)
+    back, used = read_table(np.r_[table, np.full(9, 255, np.uint8)], counts.size, precision)
+    assert used == table.size
+    assert np.array_equal(back, frequencies)
+
+
+def test_frequencies_are_nearly_the_best():
+    counts = np.bincount(draw(3000, BELL), minlength=256)
+    frequencies = scale_counts(counts, 10)
+    bits = coded_bits(counts, frequencies)
+    for giver, taker in itertools.permutations(np.flatnonzero(frequencies > 1), 2):
+        other = frequencies.copy()
+        other[giver] -= 1
+        other[taker] += 1
+        assert coded_bits(counts, other) > bits * 0.9995
+
+
+def test_tables_that_lie():
+    table = write_table(np.array([5, 0, 251]))
+    assert read_table(table, 3, 8)[0].tolist() == [5, 0, 251]
+    for size, precision in ((2, 8), (3, 9), (200, 8)):
+        with pytest.raises(FileFormatError, match="frequencies"):
+            read_table(table, size, precision)
+    for wrong in (table[:0], table[:1], np.zeros(2000, np.uint8), np.full(2000, 255, np.uint8)):
+        with pytest.raises(FileFormatError, match="frequencies"):
+            read_table(wrong, 3, 8)
