@@ -172,7 +172,7 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
         limit = cp_full_rank((out_channels // groups, *self.weight_shape[1:]))
         self.rank: int = check_rank(type(self).__name__, rank, limit)
         channels = groups * self.rank
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         depthwise = functools.partial(self.make_spatial, channels, channels, groups=channels, bias=False, **factory)
         self.reduce = self.make_pointwise(in_channels, channels, bias=False, **factory)
         self.spatial: nn.Conv2d | None = None

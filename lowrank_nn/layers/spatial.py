@@ -125,7 +125,7 @@ class SpatialSVDConv2d(LowRankLayer, CompressedConv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         self.rank: int = check_rank(type(self).__name__, rank, self._largest_rank)
         between = groups * self.rank
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.vertical = self.make_spatial(in_channels, between, columns=False, bias=False, **factory)
         self.horizontal = self.make_spatial(between, out_channels, rows=False, bias=bias, **factory)
         self.reset_parameters()
@@ -192,7 +192,7 @@ class SpatialSVDConv2d(LowRankLayer, CompressedConv2d):
     def _set(self, left: Tensor, right: Tensor) -> None:
         """Take over factors ``(groups, I/g kh, rank)`` and ``(groups, rank, O/g kw)`` of the matrices."""
         out = self.out_channels // self.groups
-        horizontal = right.unflatten(2, (out, -1)).transpose(1, 2)
+        horizontal = right.reshape(self.groups, self.rank, out, -1).transpose(1, 2)
         self.vertical.weight.copy_(left.mT.reshape(self.vertical.weight.shape))
         self.horizontal.weight.copy_(horizontal.reshape(self.horizontal.weight.shape))
 
