@@ -175,7 +175,6 @@ class FineTune(Step):
     def _loss(self, state: State, teacher: nn.Module, guidance: FeatureLoss | None, device: torch.device) -> BatchLoss:
         """Return the loss of one batch: the task's, and the guidance on top."""
 
-        @torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None)
         def loss(model: nn.Module, batch: Any) -> Tensor:
             inputs, targets, expected = None, None, None
             if self.loss is None or guidance is not None:
@@ -196,7 +195,11 @@ class FineTune(Step):
                 )
             return task if guidance is None else guidance.total(task)
 
-        return loss
+        def mixed(model: nn.Module, batch: Any) -> Tensor:
+            with torch.autocast(device.type, dtype=self.autocast):
+                return loss(model, batch)
+
+        return loss if self.autocast is None else mixed
 
     def _adamw(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=1e-4)
