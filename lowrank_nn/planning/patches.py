@@ -66,7 +66,7 @@ class PatchSampler:
         height, width = self._output_size(maps)
         positions = self._positions(len(maps), height * width).to(x.device)
         rows, columns = (positions // width)[..., None], (positions % width)[..., None]
-        step = max(1, CHUNK // (positions.shape[1] * self.features * self.groups))
+        step = max(1, CHUNK // max(positions.shape[1] * self.features * self.groups, maps[0].numel()))
         for start in range(0, len(maps), step):
             part = slice(start, start + step)
             inputs = self._grouped(self._receptive(maps[part], rows[part], columns[part]))
