@@ -12,7 +12,7 @@ from lowrank_nn.decompose.svd import truncated_svd
 # What the data never show still counts this little, against the mean of what they do show: it settles ties, so that
 # singular matrices need no case of their own.
 _RIDGE = 1e-8
-_FLOOR = 1e-12  # for square roots of matrices with a ridge: only stops eigenvalues that rounding made negative
+ROOT_FLOOR = 1e-12  # for square roots of matrices with a ridge: only stops eigenvalues that rounding made negative
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def output_roots(metric: Metric, channels: int) -> Roots:
         eye = torch.eye(channels, dtype=metric.mean.dtype, device=metric.mean.device)[None]
         return Roots(eye, eye)
     diagonal = metric.curvature.diagonal(dim1=1, dim2=2)
-    return square_root(metric.curvature + torch.diag_embed(ridge(diagonal).expand_as(diagonal)), _FLOOR)
+    return square_root(metric.curvature + torch.diag_embed(ridge(diagonal).expand_as(diagonal)), ROOT_FLOOR)
 
 
 def ridge(diagonal: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def _input_roots(metric: Metric) -> Roots:
     if metric.is_diagonal:
         root = (variances + ridge(variances)).sqrt()
         return Roots(torch.diag_embed(root), torch.diag_embed(1 / root))
-    return square_root(metric.covariance + torch.diag_embed(ridge(variances).expand_as(variances)), _FLOOR)
+    return square_root(metric.covariance + torch.diag_embed(ridge(variances).expand_as(variances)), ROOT_FLOOR)
 
 
 def _input_gram(weighted: Tensor, metric: Metric) -> Tensor:

@@ -10,13 +10,20 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lowrank_nn.decompose import Metric, truncated_svd
+from lowrank_nn.decompose import (
+    Metric,
+    balanced,
+    truncated_svd,
+    weighted_svd,
+    weighted_svd_errors,
+    weighted_tucker1_errors,
+    weighted_tucker2,
+)
 from lowrank_nn.errors import OptionError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._matrix import MatrixProblem
-from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, check_rank
-from lowrank_nn.layers._refine import refine_
+from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
 from lowrank_nn.layers._shapes import (
     CompressedConv2d,
     CompressedLinear,
@@ -31,6 +38,13 @@ Order = Literal["spatial_first", "pointwise_first"]
 
 
 class _LinearProblem(MatrixProblem):
+    def table(self, metric: Metric | None = None) -> RankTable:
+        """Return all ranks, with the exact errors."""
+        table = super().table()
+        if metric is None:
+            return table
+        return table._replace(errors=weighted_svd_errors(self.matrices[0], metric).cpu().numpy())
+
     def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
         return self.params(*ranks) * positions.batch
 
@@ -109,12 +123,20 @@ class SVDLinear(LowRankLayer, CompressedLinear):
 
     @torch.no_grad()
     def approximate_(self, weight: Tensor, metric: Metric | None = None) -> None:
-        """Set the factors to the truncated SVD of ``weight``, shape ``(out_features, in_features)``."""
-        left, right = truncated_svd(weight, self.rank)
+        """Set the factors to the best of their rank for ``weight``, shape ``(out_features, in_features)``.
+
+        That is the truncated SVD; under a metric, the one in coordinates in which the metric is the Frobenius norm.
+        """
+        if metric is None:
+            left, right = truncated_svd(weight, self.rank)
+        else:
+            (left,), (right,) = weighted_svd(weight, metric, self.rank)
         self.expand.weight.copy_(left)
         self.reduce.weight.copy_(right)
-        if metric is not None:
-            refine_(self, weight, metric)
+
+    def refit_(self, weight: Tensor, metric: Metric) -> None:
+        """Set the factors to the best under ``metric``: the closed form needs no start."""
+        self.approximate_(weight, metric)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -143,9 +165,18 @@ class _ConvProblem(MatrixProblem):
     def __init__(self, source: Source, order: Order) -> None:
         arguments = source.arguments
         super().__init__("SVDConv2d", _unfold(source.weight, arguments["groups"], order))
+        self.weight = source.weight
         self.order = order
         self.taps = source.weight[0, 0].numel()
         self.stride: tuple[int, int] = arguments["stride"]
+
+    def table(self, metric: Metric | None = None) -> RankTable:
+        """Return all ranks with their errors: exact, but pointwise first under a metric a few percent too large."""
+        table = super().table()
+        if metric is None:
+            return table
+        errors = weighted_svd_errors if self.order == "spatial_first" else weighted_tucker1_errors
+        return table._replace(errors=errors(self.weight, metric)[: self.limits[0]].cpu().numpy())
 
     def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
         # The second convolution runs on output positions; a leading 1x1 runs on every input position.
@@ -210,7 +241,9 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
         OptionError: ``order`` is neither of the two, or ``groups`` does not divide the channels.
 
     References:
-        Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classification and Detection".
+        Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classification and Detection" (of which
+        the fit under a metric, spatial first, is the linear case);
+        Izenman 1975, "Reduced-Rank Regression for the Multivariate Linear Model".
     """
 
     formats: ClassVar[tuple[dict[str, Any], ...]] = ({"order": "spatial_first"}, {"order": "pointwise_first"})
@@ -280,10 +313,32 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
 
     @torch.no_grad()
     def approximate_(self, weight: Tensor, metric: Metric | None = None) -> None:
-        """Set the factors to the truncated SVD, group by group, of ``weight``, shape ``weight_shape``."""
+        """Set the factors to the best of their rank for ``weight``, shape ``weight_shape``, group by group.
+
+        That is the truncated SVD. Under a metric, spatial first has a closed form too, the principal components of the
+        output; pointwise first, its first factor sees the channels alone: Tucker-1, by second-order steps.
+        """
+        if metric is not None and self.order == "spatial_first":
+            self._set_factors(*weighted_svd(weight, metric, self.rank))
+            return
         factors = [truncated_svd(m, self.rank) for m in _unfold(weight, self.groups, self.order)]
-        left = torch.stack([factor[0] for factor in factors])  # (g, rows, r)
-        right = torch.stack([factor[1] for factor in factors])  # (g, r, columns)
+        self._set_factors(torch.stack([left for left, _ in factors]), torch.stack([right for _, right in factors]))
+        if metric is not None:
+            self.refit_(weight, metric)
+
+    @torch.no_grad()
+    def refit_(self, weight: Tensor, metric: Metric) -> None:
+        """Set the factors to the best under ``metric``, pointwise first from the present one of the channels."""
+        if self.order == "spatial_first":
+            self.approximate_(weight, metric)
+            return
+        start = self.reduce.weight.reshape(self.groups, self.rank, -1).mT
+        core, _, in_factor = weighted_tucker2(weight, metric, (None, self.rank), start=start)
+        assert in_factor is not None
+        self._set_factors(*balanced(in_factor, core.transpose(1, 2).flatten(2)))
+
+    def _set_factors(self, left: Tensor, right: Tensor) -> None:
+        """Take the factors (groups, m, rank) and (groups, rank, n) of each group's unfolding."""
         if self.order == "pointwise_first":
             self.reduce.weight.copy_(left.transpose(1, 2).reshape(self.reduce.weight.shape))
             out = right.reshape(self.groups, self.rank, self.out_channels // self.groups, -1).transpose(1, 2)
@@ -291,8 +346,6 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
         else:
             self.reduce.weight.copy_(right.reshape(self.reduce.weight.shape))
             self.expand.weight.copy_(left.reshape(self.expand.weight.shape))
-        if metric is not None:
-            refine_(self, weight, metric)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

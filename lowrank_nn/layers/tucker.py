@@ -11,12 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lowrank_nn.decompose import Metric, tucker2, tucker2_errors
+from lowrank_nn.decompose import (
+    Metric,
+    tucker2,
+    tucker2_errors,
+    weighted_tucker2,
+    weighted_tucker2_errors,
+)
 from lowrank_nn.errors import RankError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer, Rank
 from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, aligned, check_rank
-from lowrank_nn.layers._refine import refine_
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_bias_, factor_std
 from lowrank_nn.layers._source import Source, read_layer
 
@@ -32,6 +37,7 @@ class _TuckerProblem(RankProblem):
         self.name = "TuckerConv2d"
         self.groups: int = source.arguments["groups"]
         self.stride: tuple[int, int] = source.arguments["stride"]
+        self.weight = source.weight
         self.kernels = _blocks(source.weight, self.groups)  # (g, o, i, kh, kw)
         self.out, self.inn, height, width = self.kernels.shape[1:]
         self.taps = height * width
@@ -69,7 +75,8 @@ class _TuckerProblem(RankProblem):
     def table(self, metric: Metric | None = None) -> RankTable:
         """Return the pairs that no other pair of the grid beats in both error and size, or error and MACs.
 
-        Pairs that save nothing are left out, but for the lossless one at the limits.
+        Pairs that save nothing are left out, but for the lossless one at the limits. The errors are those of the fits'
+        starts: a few percent too large.
         """
         grids = [_grid(limit, self.multiple) for limit in self.limits]
         pairs = np.stack(np.meshgrid(*grids, indexing="ij"), axis=-1).reshape(-1, 2)
@@ -80,13 +87,25 @@ class _TuckerProblem(RankProblem):
         small = (params < dense_params) | (macs < dense_macs)
         errors = np.zeros(len(pairs))
         if small.any():
-            every = torch.stack([tucker2_errors(kernel) for kernel in self.kernels]).sum(0).cpu().numpy()
-            errors = every[out - 1, inn - 1]
+            errors = self._errors(out, inn, metric)
         fronts = [_front(costs, errors, small) for costs in (params, macs)]
         # No front holds a pair that the constructor refuses: leaving one of its modes whole is cheaper and better.
         lossless = np.flatnonzero((out == self.limits[0]) & (inn == self.limits[1]))
         kept = np.unique(np.concatenate([*fronts, lossless]))
         return RankTable(pairs[kept], errors[kept])
+
+    def _errors(self, out: IntArray, inn: IntArray, metric: Metric | None) -> NDArray[np.float64]:
+        """Return the squared errors at pairs of ranks."""
+        if metric is None:
+            every = torch.stack([tucker2_errors(kernel) for kernel in self.kernels]).sum(0)
+            row, column = out - 1, inn - 1
+        else:
+            # A mode at its limit is left whole, and then its rank is its size.
+            row = np.where(out == self.limits[0], self.out, out) - 1
+            in_ranks, column = np.unique(np.where(inn == self.limits[1], self.inn, inn), return_inverse=True)
+            every = weighted_tucker2_errors(self.weight, metric, in_ranks.tolist())
+        errors: NDArray[np.float64] = every.cpu().numpy()[row, column]
+        return errors
 
 
 def _blocks(weight: Tensor, groups: int) -> Tensor:
@@ -157,7 +176,8 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
         OptionError: ``groups`` does not divide the channels.
 
     References:
-        Kim et al. 2016, "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile Applications".
+        Kim et al. 2016, "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile Applications";
+        Izenman 1975, "Reduced-Rank Regression for the Multivariate Linear Model" (the fit under a metric).
     """
 
     def __init__(
@@ -181,7 +201,7 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
         rank_out, rank_in = self.rank
         core_in = in_channels if rank_in is None else groups * rank_in
         core_out = out_channels if rank_out is None else groups * rank_out
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.reduce: nn.Conv2d | None = None
         self.expand: nn.Conv2d | None = None
         if rank_in is not None:
@@ -249,19 +269,35 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
     def approximate_(self, weight: Tensor, metric: Metric | None = None) -> None:
         """Set the factors to the Tucker-2 decomposition, group by group, of ``weight``, shape ``weight_shape``.
 
-        The 1 x 1 convolutions have orthonormal factors and the core carries the norm.
+        The 1 x 1 convolutions have orthonormal factors and the core carries the norm. Under a metric the decomposition
+        is improved by reduced-rank regression.
         """
-        # Orthonormal factors keep noise at its size: rounding inside the chain is not amplified by the outer stages.
         parts = [tucker2(kernel, self.rank) for kernel in _blocks(weight, self.groups)]
-        self.core.weight.copy_(torch.cat([part.core for part in parts]))
-        if self.reduce is not None:
-            factors = [part.in_factor.T for part in parts if part.in_factor is not None]
-            self.reduce.weight.copy_(torch.cat(factors)[:, :, None, None])
-        if self.expand is not None:
-            factors = [part.out_factor for part in parts if part.out_factor is not None]
-            self.expand.weight.copy_(torch.cat(factors)[:, :, None, None])
+        out_factors = [part.out_factor for part in parts if part.out_factor is not None]
+        in_factors = [part.in_factor for part in parts if part.in_factor is not None]
+        core = torch.stack([part.core for part in parts])
+        self._set_factors(
+            core,
+            torch.stack(out_factors) if out_factors else None,
+            torch.stack(in_factors) if in_factors else None,
+        )
         if metric is not None:
-            refine_(self, weight, metric)
+            self.refit_(weight, metric)
+
+    @torch.no_grad()
+    def refit_(self, weight: Tensor, metric: Metric) -> None:
+        """Search for a better ``reduce`` under ``metric``, from the present one, and set the rest to what suits it."""
+        start = None if self.reduce is None else _blocks(self.reduce.weight.flatten(1), self.groups).mT
+        self._set_factors(*weighted_tucker2(weight, metric, self.rank, start=start))
+
+    def _set_factors(self, core: Tensor, out_factor: Tensor | None, in_factor: Tensor | None) -> None:
+        """Take the factors of all groups, stacked."""
+        # Orthonormal factors keep noise at its size: rounding inside the chain is not amplified by the outer stages.
+        self.core.weight.copy_(core.flatten(0, 1))
+        if self.reduce is not None and in_factor is not None:
+            self.reduce.weight.copy_(in_factor.mT.flatten(0, 1)[:, :, None, None])
+        if self.expand is not None and out_factor is not None:
+            self.expand.weight.copy_(out_factor.flatten(0, 1)[:, :, None, None])
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -197,7 +197,7 @@ def test_a_rule_may_ask_for_more_than_the_other_mode_leaves(chosen, rank):
 
 def test_table_holds_the_hosvd_errors():
     layer = decaying_conv(in_channels=10, out_channels=12, kernel_size=3)
-    ranks, errors = problem_of(layer).table()
+    ranks, errors, _ = problem_of(layer).table()
     kernel = layer.weight.detach().numpy()
     for (out, inn), error in zip(ranks.tolist(), errors.tolist(), strict=True):
         assert error == pytest.approx(hosvd_squared_error(kernel, out, inn), rel=1e-8, abs=1e-10)
@@ -206,7 +206,7 @@ def test_table_holds_the_hosvd_errors():
 
 def test_table_adds_up_the_groups():
     layer = decaying_conv(in_channels=16, out_channels=16, kernel_size=3, groups=2)
-    ranks, errors = problem_of(layer).table()
+    ranks, errors, _ = problem_of(layer).table()
     for (out, inn), error in list(zip(ranks.tolist(), errors.tolist(), strict=True))[::5]:
         halves = [hosvd_squared_error(half.numpy(), out, inn) for half in layer.weight.detach().chunk(2)]
         assert error == pytest.approx(sum(halves), rel=1e-8, abs=1e-10)
@@ -217,7 +217,7 @@ def test_table_holds_the_best_pair_for_every_budget(stride):
     """Up to 16 channels the grid is complete, so that exhaustive search finds nothing better."""
     layer = decaying_conv(in_channels=10, out_channels=12, kernel_size=3, stride=stride)
     problem = problem_of(layer)
-    ranks, errors = problem.table()
+    ranks, errors, _ = problem.table()
     kernel = layer.weight.detach().numpy()
     every = [(out, inn) for out in range(1, 13) for inn in range(1, 11)]
     pairs = np.array(
@@ -236,7 +236,7 @@ def test_table_holds_the_best_pair_for_every_budget(stride):
 def test_table_is_small_and_valid(in_channels, out_channels):
     layer = decaying_conv(torch.float32, in_channels=in_channels, out_channels=out_channels, kernel_size=3)
     problem = problem_of(layer)
-    ranks, errors = problem.table()
+    ranks, errors, _ = problem.table()
     assert 1 < len(ranks) <= 401
     assert (errors >= 0).all()
     assert tuple(ranks[-1]) == problem.limits
@@ -246,6 +246,6 @@ def test_table_is_small_and_valid(in_channels, out_channels):
 
 
 def test_a_layer_that_tucker_cannot_shrink_has_the_lossless_pair_alone():
-    ranks, errors = problem_of(dense_conv(out_channels=4, kernel_size=3, groups=4)).table()
+    ranks, errors, _ = problem_of(dense_conv(out_channels=4, kernel_size=3, groups=4)).table()
     assert ranks.tolist() == [[1, 1]]
     assert errors.tolist() == [0.0]
