@@ -29,7 +29,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modules = [(module, _attributes(module)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _has_values(buffer)]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with _process_state():
+    with untouched_process():
         try:
             yield
         finally:
@@ -55,7 +55,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _process_state() -> Iterator[None]:
+def untouched_process() -> Iterator[None]:
+    """Run a block without gradients; restore what :func:`untouched` says of the process, however it ends."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's forward may draw
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -66,6 +67,25 @@ def _process_state() -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             np.random.set_state(numpy_state)  # noqa: NPY002
             random.setstate(python_state)
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, numpy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of Python's, numpy's and torch's global generators (of torch's, the one for the CPU)."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+
+def set_random_states(states: tuple[Any, ...]) -> None:
+    """Put back what :func:`random_states` returned."""
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    torch.set_rng_state(states[2])
 
 
 def _attributes(module: nn.Module) -> tuple[dict[str, Any], dict[str, dict[Any, Any]]]:

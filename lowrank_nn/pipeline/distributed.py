@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from lowrank_nn.errors import TrainingError
-from lowrank_nn.pipeline.random_state import random_states, seed_all, set_random_states
+from lowrank_nn.graph.preserve import random_states, seed_all, set_random_states
 
 
 def join_processes(device: torch.device) -> None:

@@ -6,10 +6,11 @@ import contextlib
 import random
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
+
+from lowrank_nn.graph.preserve import seed_all
 
 
 @contextlib.contextmanager
@@ -24,22 +25,3 @@ def preserved_random_state(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-def seed_all(seed: int) -> None:
-    """Seed Python's, numpy's and torch's global generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed)
-
-
-def random_states() -> tuple[Any, ...]:
-    """Return the states of Python's, numpy's and torch's global generators (of torch's, the one for the CPU)."""
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-
-
-def set_random_states(states: tuple[Any, ...]) -> None:
-    """Put back what :func:`random_states` returned."""
-    random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
-    torch.set_rng_state(states[2])
