@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lowrank_nn.decompose import Metric, cp, cp_als, cp_full_rank, cp_tensor
+from lowrank_nn.decompose import Metric, cp, cp_als, cp_full_rank, cp_tensor, weighted_cp, weighted_cp_errors
 from lowrank_nn.errors import OptionError, RankError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
-from lowrank_nn.layers._refine import refine_
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_bias_, factor_std
 from lowrank_nn.layers._source import Source, read_layer
 
 Factors = Literal[3, 4]
 
-_TABLE_SHARES = np.geomspace(0.04, 0.8, 7)
+_TABLE_SHARES = np.geomspace(0.04, 0.8, 8)
 _TABLE_SWEEPS = 20
 _TABLE_WORK = 4e9
+_REFIT_ITERATIONS = 25
 
 
 class _CPProblem(RankProblem):
@@ -64,7 +64,7 @@ class _CPProblem(RankProblem):
         return Positions(1, *self.stride, 1, 1)
 
     def table(self, metric: Metric | None = None) -> RankTable:
-        """Return up to seven ranks between 4 % and 80 % of the dense parameters, with the errors of short fits.
+        """Return up to eight ranks between 4 % and 80 % of the dense parameters, with the errors of short fits.
 
         The error of a full fit is lower; there are no ranks where a single term costs more than the dense layer.
         """
@@ -72,6 +72,10 @@ class _CPProblem(RankProblem):
         wanted = np.clip(_TABLE_SHARES * break_even, 1, self.limits[0])
         ranks = np.unique(wanted.astype(np.int64) // self.multiple * self.multiple)
         ranks = ranks[(ranks > 0) & (ranks < break_even)]
+        if metric is not None:
+            return RankTable(
+                ranks[:, None], np.array(weighted_cp_errors(self.tensors.flatten(0, 1), metric, ranks.tolist()))
+            )
         errors = np.zeros(len(ranks))
         for tensor in self.tensors if len(ranks) else ():
             start = cp_als(tensor, int(ranks[-1]), sweeps=0)
@@ -243,15 +247,47 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
         if not weight.is_meta and torch.equal(weight, self.dense_weight()):
             return
         tensors = _tensors(weight, self.groups, self.factors)
-        parts = [[factor.T for factor in cp(tensor, self.rank, epc=epc)] for tensor in tensors]
-        out, inn, *spatial = (torch.cat(factor) for factor in zip(*parts, strict=True))  # each (g r, n)
-        self.reduce.weight.copy_(inn[:, :, None, None])
-        expand = out.view(self.groups, self.rank, -1).transpose(1, 2).flatten(0, 1)
-        self.expand.weight.copy_(expand[:, :, None, None])
-        for stage, factor in zip(self._spatial_stages(), spatial, strict=True):
-            stage.weight.copy_(factor.reshape(stage.weight.shape))
-        if metric is not None:
-            refine_(self, weight, metric)
+        if metric is None:
+            parts = [cp(tensor, self.rank, epc=epc) for tensor in tensors]
+            self._set_factors([torch.stack(factor) for factor in zip(*parts, strict=True)])
+        else:
+            self._set_factors(weighted_cp(tensors.flatten(0, 1), metric, self.rank, epc=epc))
+
+    @torch.no_grad()
+    def refit_(self, weight: Tensor, metric: Metric) -> None:
+        """Fit the present factors anew, to a somewhat different weight under a somewhat different metric.
+
+        Never ends above the error, under ``metric``, of leaving the factors as they are.
+
+        Args:
+            weight: Of shape ``weight_shape``.
+            metric: What is to be small of the difference.
+        """
+        if weight.is_meta:
+            return
+        tensors = _tensors(weight, self.groups, self.factors)
+        before, present = self._error(tensors, metric), self._factors()
+        found = weighted_cp(tensors.flatten(0, 1), metric, self.rank, start=present, iterations=_REFIT_ITERATIONS)
+        self._set_factors(found)
+        if self._error(tensors, metric) > before:  # rounded to the layer's dtype, a better fit may be a worse one
+            self._set_factors(present)
+
+    def _factors(self) -> list[Tensor]:
+        """Return copies of the factors: ``(groups, O/g, rank)``, ``(groups, I/g, rank)`` and those of the taps."""
+        stages = (self.reduce, *self._spatial_stages())
+        rest = [stage.weight.detach().reshape(self.groups, self.rank, -1).transpose(1, 2).clone() for stage in stages]
+        return [self.expand.weight.detach().reshape(self.groups, -1, self.rank).clone(), *rest]
+
+    def _set_factors(self, factors: list[Tensor]) -> None:
+        first, *rest = factors
+        self.expand.weight.copy_(first.reshape(self.expand.weight.shape))
+        for stage, factor in zip((self.reduce, *self._spatial_stages()), rest, strict=True):
+            stage.weight.copy_(factor.transpose(1, 2).reshape(stage.weight.shape))
+
+    def _error(self, tensors: Tensor, metric: Metric) -> float:
+        """Return the error of the present factors, computed in float64."""
+        terms = [cp_tensor(group) for group in zip(*(factor.double() for factor in self._factors()), strict=True)]
+        return metric.error((torch.stack(terms) - tensors).flatten(0, 1))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
