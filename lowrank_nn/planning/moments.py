@@ -191,10 +191,11 @@ class LayerMoments:
         if x.numel() == 0:
             return
         output = None if self._outputs is None else _flat(output)
-        for patches in self._sampler.draw(x, output):
-            self._inputs.add(patches.inputs, patches.weight)
-            if self._outputs is not None and patches.outputs is not None:
-                self._outputs.add(patches.outputs, patches.weight)
+        with torch.inference_mode(False):  # the sums outlive a forward that runs in this mode
+            for patches in self._sampler.draw(x, output):
+                self._inputs.add(patches.inputs, patches.weight)
+                if self._outputs is not None and patches.outputs is not None:
+                    self._outputs.add(patches.outputs, patches.weight)
 
     def metric(self, curvature: Tensor | None) -> Metric:
         """Return the metric of what was seen, made invertible."""
