@@ -74,9 +74,9 @@ class LowRankLayer(CompressedLayer):
         seen = metric if metric is None or source.bias is not None else metric.with_mean()
         new.approximate_(source.weight, seen, **(fit or {}))
         source.finish(new)
-        if metric is not None and new.bias is not None:
+        if metric is not None and new.bias is not None and not new.bias.is_meta:
             with torch.no_grad():
-                new.bias.add_(metric.mean_output(source.weight - new.dense_weight()).to(new.bias))
+                new.bias.add_(metric.mean_output(source.weight - new.dense_weight()).to(new.bias.device))
         return new
 
     @classmethod

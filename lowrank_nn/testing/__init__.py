@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from lowrank_nn.errors import UnsupportedLayerError
 from lowrank_nn.layers import LAYERS, CompressedLayer
-from lowrank_nn.testing import checks_function, checks_module, checks_source, checks_training
+from lowrank_nn.testing import checks_function, checks_metric, checks_module, checks_source, checks_training
 from lowrank_nn.testing._tools import built
 from lowrank_nn.testing.cases import CASES as CASES
 from lowrank_nn.testing.cases import Case as Case
@@ -34,7 +34,7 @@ CUDA_CHECKS: tuple[Check, ...] = (checks_function.check_cuda,)
 
 CHECKS: tuple[Check, ...] = tuple(
     check
-    for module in (checks_function, checks_source, checks_module, checks_training)
+    for module in (checks_function, checks_source, checks_metric, checks_module, checks_training)
     for name, check in vars(module).items()
     if name.startswith("check_") and check not in SLOW_CHECKS + CUDA_CHECKS
 )
