@@ -168,7 +168,7 @@ class SpatialSVDConv2d(LowRankLayer, CompressedConv2d):
         """
         factors = [truncated_svd(matrix, self.rank) for matrix in _unfold(weight, self.groups)]
         self._set(torch.stack([left for left, _ in factors]), torch.stack([right for _, right in factors]))
-        if metric is not None and self.rank < self._largest_rank:
+        if metric is not None:
             self.refit_(weight, metric)
 
     @torch.no_grad()

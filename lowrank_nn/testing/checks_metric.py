@@ -22,7 +22,7 @@ def check_fit_under_a_metric(cls: type[CompressedLayer], case: Case) -> None:
         return
     dense, metric = case.layer(), input_metric(case)
     layer = compress(cls, dense, options_for(cls, case, dense) | {"metric": metric})
-    wide, dense_wide, x = copy.deepcopy(layer).double(), case.layer().double(), case.input().double()
+    wide, dense_wide, x = copy.deepcopy(layer).double(), case.layer().double(), _input(case)
     with torch.no_grad():
         expected, output = dense_wide(x), wide(x)
     outputs = expected.numel() // dense.get_parameter("weight").shape[0]
@@ -63,10 +63,15 @@ def check_lossless_under_a_metric(cls: type[CompressedLayer], case: Case) -> Non
 
 def input_metric(case: Case) -> Metric:
     """Return the metric of the case's input: the layer's mean squared output error over all its positions."""
-    patches = _patches(case.layer(), case.input(batched=True).double())
+    patches = _patches(case.layer(), _input(case, batched=True))
     mean = patches.mean(1)
     centred = patches - mean[:, None]
     return Metric(centred.mT @ centred / patches.shape[1], mean)
+
+
+def _input(case: Case, *, batched: bool = False) -> Tensor:
+    """Return the case's input in float64, about a mean that a layer without bias has to see."""
+    return case.input(batched=batched).double() + 1
 
 
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:
