@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lowrank_nn.errors import FileFormatError
 from lowrank_nn.graph import release_fast_path
 from lowrank_nn.storage._container import Contents, digest, read_file
-from lowrank_nn.storage._encoding import decode
 from lowrank_nn.storage._fit import find_misfits
+from lowrank_nn.storage._payload import decode
 from lowrank_nn.storage._rebuild import CPU, rebuild_layers
 from lowrank_nn.storage._structure import Structure, read_structure
 

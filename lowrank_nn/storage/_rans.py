@@ -138,7 +138,7 @@ def _push_all(symbols: Bytes, states: States, precision: int, frequencies: Frequ
     for start in reversed(range(0, symbols.size, states.size)):
         step = symbols[start : start + states.size]
         active = states[: step.size]
-        full = np.flatnonzero(active >= limits[step])
+        full = (active >= limits[step]).nonzero()[0]
         overflow = active[full]
         words.append(overflow.astype("<u2"))
         active[full] = overflow >> 16
@@ -162,7 +162,7 @@ def _pull_all(symbols: Bytes, states: States, stream: Words, frequencies: Freque
         active >>= precision
         active *= shares[slots]
         active += inside[slots]
-        empty = np.flatnonzero(active < LOW)
+        empty = (active < LOW).nonzero()[0]
         words = stream[taken : taken + empty.size]
         if words.size < empty.size:
             raise FileFormatError("has a coded block that ends early")

@@ -12,8 +12,9 @@ from torch.nn.utils import parametrize
 
 from lowrank_nn.errors import FileFormatError, OptionError
 from lowrank_nn.layers import LAYERS, CompressedLayer, Packing
+from lowrank_nn.storage._coders import CODERS
 from lowrank_nn.storage._container import is_shape
-from lowrank_nn.storage._encoding import DTYPES, Encoding, unstorable
+from lowrank_nn.storage._encoding import DTYPES, Encoding, is_integer, unstorable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +59,8 @@ class StoredTensor:
             entry["bits"], entry["offset"] = self.encoding.bits
         if self.encoding.bitmap:
             entry["bitmap"] = True
-        if self.encoding.mask is not None:
-            entry["mask"] = self.encoding.mask
-        return entry
+        named = {"mask": self.encoding.mask, "gaps": self.encoding.gaps, "coder": self.encoding.coder}
+        return entry | {name: value for name, value in named.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +179,8 @@ def read_structure(value: Any, stored_as: Mapping[str, tuple[str, tuple[int, ...
         read = {key: _read_tensor(entry, *stored_as[key]) for key, entry in tensors.items()}
         for tensor in read.values():
             _check_mask(tensor.encoding, read)
+    except FileFormatError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"the structure in the header is malformed ({error}).") from error
     return Structure(layers, tied, read)
@@ -231,18 +233,29 @@ def _read_tensor(entry: Any, stored_dtype: str, stored_shape: tuple[int, ...]) -
     if isinstance(entry, str):
         whole = Encoding(stored_dtype, stored_shape, 0)
         return StoredTensor(dataclasses.replace(whole, kept=whole.numel), entry)
+    _refuse_unknown(_typed(entry, dict))
     dtype, shape, bits = _typed(entry["dtype"], str), entry["shape"], None
     if dtype not in DTYPES or not is_shape(shape):
         raise ValueError(f"dtype {dtype!r}, shape {shape!r}")
     if "bits" in entry:
         bits = (_typed(entry["bits"], int), _typed(entry["offset"], int))
-        if not 0 <= bits[0] < 64 or DTYPES[dtype].is_floating_point or DTYPES[dtype].is_complex:
+        if not 0 <= bits[0] <= 64 or not is_integer(DTYPES[dtype]):
             raise ValueError(f"{bits[0]} bits for {dtype}")
-    mask = None if "mask" not in entry else _typed(entry["mask"], str)
     bitmap = _typed(entry.get("bitmap", False), bool)
-    encoding = Encoding(dtype, tuple(shape), 0, bits, bitmap, mask)
-    if encoding.whole or (bitmap and mask is not None):
-        raise ValueError("a packed tensor needs bits, a bitmap or a mask")
-    # A tensor without mask or bitmap stores every entry; of the others the mask or bitmap tells how many.
-    kept = encoding.numel if mask is None and not bitmap else 0
+    mask, gaps, coder = (entry.get(name) for name in ("mask", "gaps", "coder"))
+    encoding = Encoding(dtype, tuple(shape), 0, bits, bitmap, mask, gaps, coder)
+    if encoding.whole or bitmap + (mask is not None) + (gaps is not None) > 1 or (bits is None and coder is not None):
+        raise ValueError("a packed tensor needs bits, a bitmap, gaps or a mask")
+    # A tensor without mask, bitmap or gaps stores every entry; of the others these tell how many.
+    kept = encoding.numel if mask is None and not bitmap and gaps is None else 0
     return StoredTensor(dataclasses.replace(encoding, kept=kept), _typed(entry["checksum"], str))
+
+
+def _refuse_unknown(entry: dict[str, Any]) -> None:
+    unknown = sorted(entry.keys() - {"checksum", "dtype", "shape", "bits", "offset", "bitmap", "mask", "gaps", "coder"})
+    unknown += [entry[name] for name in ("gaps", "coder") if entry.get(name) not in (None, *CODERS)]
+    if unknown:
+        raise FileFormatError(
+            f"it stores a tensor in a way that this version does not know ({', '.join(map(repr, unknown))}). Update "
+            "lowrank_nn to read it."
+        )

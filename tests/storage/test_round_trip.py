@@ -8,6 +8,7 @@ import safetensors
 import torch
 from torch import nn
 
+from lowrank_nn.errors import OptionError
 from lowrank_nn.layers import LAYERS, PrunedConv2d, SVDConv2d, SVDLinear, TuckerConv2d
 from lowrank_nn.layers.quant import QuantConv2d
 from lowrank_nn.storage import load, packed_size, save, stored_bytes
@@ -70,7 +71,9 @@ def test_every_layer_at_its_usual_options(cls, case, tmp_path):
 @pytest.mark.parametrize(("cls", "case"), list(layer_cases()))
 def test_cost_counts_the_bytes_of_the_file(cls, case):
     layer = built(cls, case)
-    assert sum(stored_bytes(layer).values()) == layer.cost(case.input_shape).bytes
+    plain = stored_bytes(layer, coding="none")
+    assert sum(plain.values()) == layer.cost(case.input_shape).bytes
+    assert all(size <= plain[key] for key, size in stored_bytes(layer).items())
 
 
 def test_a_new_process_computes_the_same(tmp_path):
@@ -155,18 +158,50 @@ def test_pruned_and_quantized_stages(chain, tmp_path):
     assert type(back.conv2.core) is chain[-1][0]
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(back(x), net(x))
-    written = stored_bytes(net)
+    written = stored_bytes(net, coding="none")
     assert sum(size for key, size in written.items() if key.startswith("conv2.")) == net.conv2.cost((8, 8, 8)).bytes
 
 
 def test_the_bytes_of_packed_layers():
     conv = nn.Conv2d(16, 20, 3)
     pruned = PrunedConv2d.from_pretrained_layer(conv, sparsity=0.9)
-    assert stored_bytes(pruned) == {"kernel": 288 * 4, "bias": 80, "mask": 360}
-    quantized = stored_bytes(QuantConv2d.from_pretrained_layer(conv, bits=4))
+    assert stored_bytes(pruned, coding="none") == {"kernel": 288 * 4, "bias": 80, "mask": 360}
+    quantized = stored_bytes(QuantConv2d.from_pretrained_layer(conv, bits=4), coding="none")
     assert quantized == {"bias": 80, "weight_int": 1440, "weight_scale": 80}
-    both = stored_bytes(QuantConv2d.from_pretrained_layer(pruned, bits=4))
+    both = stored_bytes(QuantConv2d.from_pretrained_layer(pruned, bits=4), coding="none")
     assert both == {"bias": 80, "weight_int": 144, "weight_scale": 80, "mask": 360}
+
+
+@pytest.mark.parametrize("coding", ["auto", "none"])
+def test_coding_changes_the_size_and_nothing_else(coding, tmp_path):
+    def make():
+        return nn.Sequential(nn.Conv2d(32, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 3))
+
+    model = seeded(make).eval()
+    model[0] = PrunedConv2d.from_pretrained_layer(model[0], sparsity=0.8)
+    model[2] = QuantConv2d.from_pretrained_layer(PrunedConv2d.from_pretrained_layer(model[2], sparsity=0.7), bits=4)
+    size = save(model, tmp_path / "a.lrnn", coding=coding)
+    assert size == packed_size(model, coding=coding) == (tmp_path / "a.lrnn").stat().st_size
+    back = load(tmp_path / "a.lrnn", seeded(make, 1).eval())
+    assert_same_state(back, model)
+    x = torch.randn(2, 32, 9, 9)
+    assert torch.equal(back(x), model(x))
+    written = stored_bytes(model, coding=coding)
+    ways = {key: set(entry) for key, entry in structure_of(tmp_path / "a.lrnn")["tensors"].items() if "bits" in entry}
+    if coding == "none":
+        assert written["0.mask"] == 32 * 64 * 9 / 8
+        assert all(not {"gaps", "coder"} & fields for fields in ways.values())
+    else:
+        assert written["0.mask"] < 0.76 * 32 * 64 * 9 / 8  # entropy of one in five: 0.72 bits
+        assert "gaps" in ways["0.mask"]
+        assert "coder" in ways["2.weight_int"]
+        assert size < 0.95 * packed_size(model, coding="none")
+
+
+def test_a_coding_that_there_is_not(tmp_path):
+    for function in (packed_size, stored_bytes, lambda model, coding: save(model, tmp_path / "a.lrnn", coding=coding)):
+        with pytest.raises(OptionError, match="coding='zip' is not one of 'auto', 'none'"):
+            function(nn.Linear(2, 2), coding="zip")
 
 
 def test_the_model_itself_may_be_a_layer(tmp_path):
@@ -301,7 +336,7 @@ def test_a_layer_registered_by_others(tmp_path):
         layer = seeded(lambda: masked_linear(40, 30))
         model = nn.Sequential(layer, nn.ReLU())
         kept = int(layer.mask.sum())
-        assert stored_bytes(model) == {
+        assert stored_bytes(model, coding="none") == {
             "0.kernel": kept * 4,
             "0.bias": 30 * 4,
             "0.mask": 150,
