@@ -35,7 +35,7 @@ class Regression:
         self.roots = output_roots(metric, weight.shape[0] // metric.groups)
         self.covariance = _covariance_blocks(metric, channels)
         groups, blocks, taps = self.covariance.shape[:3]
-        W = (self.roots.root @ metric.unfold(weight)).view(groups, -1, channels, blocks, taps)
+        W = (self.roots.root @ metric.unfold(weight)).reshape(groups, -1, channels, blocks, taps)
         self._weight = W.permute(0, 3, 1, 4, 2).contiguous()  # (g, n, o, m, i)
         matrices = self.covariance.flatten(4, 5).flatten(2, 3)
         self.moments = (self._weight.flatten(3) @ matrices).view_as(self._weight)
@@ -137,9 +137,9 @@ def _covariance_blocks(metric: Metric, channels: int) -> Tensor:
     taps = inputs // channels
     if metric.is_diagonal:
         variances = metric.covariance + ridge(metric.covariance)
-        blocks: Tensor = torch.diag_embed(variances.view(groups, channels, taps).mT)
+        blocks: Tensor = torch.diag_embed(variances.reshape(groups, channels, taps).mT)
         return blocks[:, :, None, :, None]
-    covariance = metric.covariance.view(groups, channels, taps, channels, taps).permute(0, 2, 1, 4, 3)
+    covariance = metric.covariance.reshape(groups, channels, taps, channels, taps).permute(0, 2, 1, 4, 3)
     covariance = covariance.clone(memory_format=torch.contiguous_format)
     diagonal = covariance.view(groups, inputs, inputs).diagonal(dim1=1, dim2=2)
     diagonal += ridge(diagonal)

@@ -11,7 +11,7 @@ from lowrank_nn.decompose.svd import truncated_svd
 
 # What the data never show still counts this little, against the mean of what they do show: it settles ties, so that
 # singular matrices need no case of their own.
-_RIDGE = 1e-8
+_RIDGE = 1e-9
 ROOT_FLOOR = 1e-12  # for square roots of matrices with a ridge: only stops eigenvalues that rounding made negative
 
 
@@ -68,7 +68,7 @@ def weighted_svd_errors(weight: Tensor, metric: Metric) -> Tensor:
         squares = torch.linalg.eigvalsh(_input_gram(W @ _input_roots(metric).root, metric))
     else:
         squares = torch.linalg.eigvalsh(_output_gram(weight, metric, output_roots(metric, W.shape[1]).root))
-    squares = squares.clamp(min=0).sum(0)
+    squares = (squares.clamp(min=0) * is_seen(metric)[:, None]).sum(0)
     if metric.outputs is not None:
         # Correlated inputs make outputs larger or smaller than the diagonal tells: keep to its scale.
         squares = squares * (metric.error(weight) / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny))
@@ -101,14 +101,25 @@ def output_roots(metric: Metric, channels: int) -> Roots:
     if metric.curvature is None:
         eye = torch.eye(channels, dtype=metric.mean.dtype, device=metric.mean.device)[None]
         return Roots(eye, eye)
-    diagonal = metric.curvature.diagonal(dim1=1, dim2=2)
-    return square_root(metric.curvature + torch.diag_embed(ridge(diagonal).expand_as(diagonal)), ROOT_FLOOR)
+    return square_root(_regular(metric.curvature), ROOT_FLOOR)
 
 
 def ridge(diagonal: Tensor) -> Tensor:
     """Return what to add to matrices (groups, n, n) of this diagonal (groups, n) against singularity: (groups, 1)."""
     mean = diagonal.mean(-1, keepdim=True)
     return torch.where(mean > 0, _RIDGE * mean, 1.0)
+
+
+def is_seen(metric: Metric) -> Tensor:
+    """Return, shape (groups,), whether any change of the weight counts at all: not where the inputs never change."""
+    seen = _input_variances(metric).mean(1) > 0
+    return seen if metric.curvature is None else seen & (metric.curvature.diagonal(dim1=1, dim2=2).mean(1) > 0)
+
+
+def _regular(matrices: Tensor) -> Tensor:
+    """Return matrices (groups, n, n) with a ridge."""
+    diagonal = matrices.diagonal(dim1=1, dim2=2)
+    return matrices + torch.diag_embed(ridge(diagonal).expand_as(diagonal))
 
 
 def _is_tall(W: Tensor, metric: Metric) -> bool:
@@ -126,12 +137,12 @@ def _input_roots(metric: Metric) -> Roots:
     if metric.is_diagonal:
         root = (variances + ridge(variances)).sqrt()
         return Roots(torch.diag_embed(root), torch.diag_embed(1 / root))
-    return square_root(metric.covariance + torch.diag_embed(ridge(variances).expand_as(variances)), ROOT_FLOOR)
+    return square_root(_regular(metric.covariance), ROOT_FLOOR)
 
 
 def _input_gram(weighted: Tensor, metric: Metric) -> Tensor:
     """Return C^{1/2} W^T H W C^{1/2} of W C^{1/2}, shape (groups, p, p)."""
-    curved = weighted if metric.curvature is None else metric.curvature @ weighted
+    curved = weighted if metric.curvature is None else _regular(metric.curvature) @ weighted
     return weighted.mT @ curved
 
 

@@ -12,7 +12,7 @@ from lowrank_nn.decompose._lbfgs import Curvature, descend
 from lowrank_nn.decompose._regression import Point, Regression
 from lowrank_nn.decompose.metric import Metric
 from lowrank_nn.decompose.tucker import TuckerFactors
-from lowrank_nn.decompose.weighted import weighted_svd
+from lowrank_nn.decompose.weighted import is_seen, weighted_svd
 
 
 @torch.no_grad()
@@ -128,6 +128,7 @@ def _explained(weight: Tensor, metric: Metric) -> Tensor:
     order = torch.arange(taps * channels, device=Z.device).view(taps, channels).T.flatten()
     L = torch.linalg.cholesky(Z[:, :, order[:, None], order])
     explained: Tensor = torch.linalg.solve_triangular(L, Y[..., order].mT, upper=False)
+    explained = explained * is_seen(metric)[:, None, None, None]
     return explained.view(groups, blocks, channels, taps, -1).transpose(1, 2)
 
 
@@ -141,7 +142,7 @@ def _whole_input(weight: Tensor, metric: Metric, r_out: int | None) -> tuple[Ten
     """Return core (groups, a, i, taps) and factors where no channel of the input is merged with others."""
     taps = weight[0, 0].numel()
     if r_out is None:
-        return metric.unfold(weight).view(metric.groups, -1, weight.shape[1], taps), None, None
+        return metric.unfold(weight).clone().reshape(metric.groups, -1, weight.shape[1], taps), None, None
     left, right = weighted_svd(weight, metric, r_out)
     Q, R = torch.linalg.qr(left)
     signs = column_signs(Q)[..., None, :]
