@@ -47,6 +47,7 @@ from lowrank_nn.pipeline import compress_model as compress_model
 from lowrank_nn.pipeline import plan as plan
 from lowrank_nn.planning import Budget as Budget
 from lowrank_nn.report import Report as Report
+from lowrank_nn.storage import inspect as inspect
 from lowrank_nn.storage import load as load
 from lowrank_nn.storage import save as save
 

@@ -18,6 +18,7 @@ LEVELS = [
     {"storage"},
     {"report"},
     {"pipeline"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -1,5 +1,7 @@
 """One file per compressed model, without pickle."""
 
+from lowrank_nn.storage._inspect import FileSummary as FileSummary
+from lowrank_nn.storage._inspect import inspect as inspect
 from lowrank_nn.storage._load import load as load
 from lowrank_nn.storage._save import packed_size as packed_size
 from lowrank_nn.storage._save import save as save

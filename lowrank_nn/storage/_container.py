@@ -38,11 +38,13 @@ class Contents:
         structure: The JSON structure.
         payloads: The bytes of each entry, as flat uint8 views of one buffer.
         stored_as: Dtype and shape of each entry in the safetensors header.
+        header_bytes: Bytes before the first payload.
     """
 
     structure: Any
     payloads: dict[str, Tensor]
     stored_as: dict[str, Entry]
+    header_bytes: int
 
 
 def digest(data: NDArray[np.uint8]) -> str:
@@ -120,7 +122,7 @@ def read_file(path: Path) -> Contents:
     structure = _open_metadata(header)
     data = torch.frombuffer(buffer, dtype=torch.uint8)[end:]
     payloads, stored_as = _split(header, data)
-    return Contents(structure, payloads, stored_as)
+    return Contents(structure, payloads, stored_as, end)
 
 
 def pack_json(value: Any) -> str:

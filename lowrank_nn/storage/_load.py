@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_nn.errors import FileFormatError
 from lowrank_nn.graph import release_fast_path
-from lowrank_nn.storage._container import Contents, digest, read_file
+from lowrank_nn.storage._container import Contents
 from lowrank_nn.storage._fit import find_misfits
+from lowrank_nn.storage._open import find_damage, open_file
 from lowrank_nn.storage._payload import decode
 from lowrank_nn.storage._rebuild import CPU, rebuild_layers
-from lowrank_nn.storage._structure import Structure, read_structure
+from lowrank_nn.storage._structure import Structure
 
 
 def load(
@@ -46,34 +46,24 @@ def load(
         FileFormatError: The file is damaged or does not fit ``fresh_model``; lists everything that is wrong.
         OSError: The file cannot be read.
     """
-    file = str(path)
-    try:
-        contents = read_file(Path(path))
-        structure = read_structure(contents.structure, contents.stored_as)
-    except FileFormatError as error:
-        raise FileFormatError(f"load: {file!r}: {error.message}") from error
-    problems = _find_damage(structure, contents) + find_misfits(structure, fresh_model)
+    contents, structure = open_file(path, "load")
+    problems = [
+        f"{key!r} does not match its checksum: the file is damaged." for key in find_damage(structure, contents)
+    ]
+    problems += find_misfits(structure, fresh_model)
     tensors: dict[str, Tensor] = {}
     if not problems:
         tensors, problems = _decode_all(structure, contents)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise FileFormatError(
-            f"load: {file!r} is damaged or does not fit {type(fresh_model).__name__}. Pass the architecture that was "
-            f"compressed, and a whole file:\n{listed}"
+            f"load: {str(path)!r} is damaged or does not fit {type(fresh_model).__name__}. Pass the architecture that "
+            f"was compressed, and a whole file:\n{listed}"
         )
     model, _, _ = rebuild_layers(fresh_model, structure.layers, fill=True)
     _load_state(model, tensors)
     release_fast_path(model)
     return model if device is None else model.to(device)
-
-
-def _find_damage(structure: Structure, contents: Contents) -> list[str]:
-    return [
-        f"{key!r} does not match its checksum: the file is damaged."
-        for key, stored in structure.tensors.items()
-        if digest(contents.payloads[key].numpy()) != stored.checksum
-    ]
 
 
 def _decode_all(structure: Structure, contents: Contents) -> tuple[dict[str, Tensor], list[str]]:

@@ -108,7 +108,7 @@ def _drafted(model: nn.Module, coding: Coding) -> tuple[bytes, dict[str, Bytes]]
     # Wide items first, so that every entry starts at a multiple of its item size.
     order = sorted(encoded, key=lambda key: (-DTYPES[stored_as[key][0]].itemsize, key))
     payloads = {key: encoded[key][1] for key in order}
-    stored = {key: StoredTensor(encoded[key][0], digest(payload)) for key, payload in payloads.items()}
+    stored = {key: StoredTensor(encoding, digest(payload)) for key, (encoding, payload) in encoded.items()}
     header = make_header(Structure(layers, tied, stored).to_json(), {key: stored_as[key] for key in order})
     return header, payloads
 
