@@ -76,6 +76,43 @@ def resnet50() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
 
 
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, with a projection where the shape changes."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv_bn(channels, width, 3, stride)
+        self.conv2, self.bn2 = _conv_bn(width, width, 3)
+        changes = stride != 1 or channels != width
+        self.downsample = nn.Sequential(*_conv_bn(channels, width, 1, stride)) if changes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, channels, H, W) to (N, width, H / stride, W / stride)."""
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.downsample(x))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al. 2016), input 224 x 224, its layers under torchvision's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv_bn(3, 64, 7, 2)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        channels = 64
+        for stage, width in enumerate((64, 128, 256, 512), 1):
+            blocks = BasicBlock(channels, width, 1 if stage == 1 else 2), BasicBlock(width, width, 1)
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+            channels = width
+        self.fc = nn.Linear(512, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, 3, H, W) to logits (N, 1000)."""
+        x = self.pool(F.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
 class CifarBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters (option A)."""
 

@@ -6,12 +6,14 @@ import collections
 import contextlib
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from lowrank_nn.graph.inputs import call_model
@@ -19,10 +21,14 @@ from lowrank_nn.graph.preserve import untouched
 
 _WARMUP = 2
 _LEAST_ROUNDS = 8
-_MOST_ROUNDS = 100
+_STAMPS = 200
+_LEAST_PIECE = 1e-6  # milliseconds
+_SURE = 0.01  # standard error of the ratios of totals at which there are enough rounds
 
 Label = tuple[str, int] | None
 """A watched layer's path and the number of its call; None outside all of them."""
+
+Labels = tuple[Label, ...]
 
 
 class Profile(NamedTuple):
@@ -39,20 +45,22 @@ class Profile(NamedTuple):
 
 
 def time_in_place(
-    models: Sequence[tuple[nn.Module, Iterable[str]]], example_inputs: Any, *, seconds: float = 1.0
+    models: Sequence[tuple[nn.Module, Iterable[str]]], example_inputs: Any, *, seconds: float = 5.0
 ) -> list[Profile]:
     """Time forwards of several models, in turn, and the calls of some layers in them.
 
-    A forward is cut where a watched layer begins or ends, and each piece counts with its fastest round: what else the
-    machine does makes a piece slower now and then, never faster. The models are left as they were.
+    What else the machine does makes everything slower now and then. So the total of each model stands to that of the
+    first as in the median round, where both met the same machine; and a forward is cut where a watched layer begins or
+    ends, and shared out in proportion to the fastest round of each piece. Rounds go on until the ratios are sure to
+    1 %. With one thread on a CPU only the time counts that the thread runs. The models are left as they were.
 
     Args:
         models: Each with the paths of the layers to watch; they run in eval mode, without gradients.
         example_inputs: What they are called with.
-        seconds: Time to spend on each model, at least; there are at least eight rounds.
+        seconds: Time after which no further round begins; there are at least eight.
     """
-    cuda = any(tensor.is_cuda for model, _ in models for tensor in model.parameters())
-    tapes = [_Tape(cuda) for _ in models]
+    device = next((parameter.device for model, _ in models for parameter in model.parameters()), torch.device("cpu"))
+    tapes = [_Tape(device) for _ in models]
     with contextlib.ExitStack() as stack:
         for (model, paths), tape in zip(models, tapes, strict=True):
             stack.enter_context(untouched(model))
@@ -60,29 +68,31 @@ def time_in_place(
                 vars(module).update(training=False)
             for path in paths:
                 tape.watch(path, model.get_submodule(path))
-        _run_rounds([model for model, _ in models], tapes, example_inputs, seconds)
-    return [tape.profile() for tape in tapes]
+        calls = [functools.partial(call_model, model, example_inputs) for model, _ in models]
+        _run_rounds(calls, tapes, seconds)
+    fastest = tapes[0].fastest_total()
+    return [tape.profile(fastest * _ratio(tape, tapes[0])) for tape in tapes]
 
 
-def _run_rounds(models: Sequence[nn.Module], tapes: Sequence[_Tape], example_inputs: Any, seconds: float) -> None:
-    sides = list(zip(models, tapes, strict=True))
+def _run_rounds(calls: Sequence[Callable[[], Any]], tapes: Sequence[_Tape], seconds: float) -> None:
+    sides = list(zip(calls, tapes, strict=True))
     start = time.perf_counter()
-    for index in range(-_WARMUP, _MOST_ROUNDS):
-        if index == 0:
-            start = time.perf_counter()
-        elif index >= _LEAST_ROUNDS and time.perf_counter() - start > seconds * len(models):
-            break
-        for model, tape in sides[:: 1 if index % 2 else -1]:
-            tape.run(functools.partial(call_model, model, example_inputs), counts=index >= 0)
+    for index in itertools.count(-_WARMUP):
+        enough = all(_standard_error(tape, tapes[0]) < _SURE for tape in tapes) if index >= _LEAST_ROUNDS else False
+        if enough or (index >= _LEAST_ROUNDS and time.perf_counter() - start > seconds):
+            return
+        for call, tape in sides[:: 1 if index % 2 else -1]:
+            tape.run(call, counts=index >= 0)
 
 
 class _Tape:
     """What one model's forwards left: the times at which watched layers began and ended."""
 
-    def __init__(self, cuda: bool) -> None:
-        self._stamp: Callable[[], Any] = _cuda_stamp if cuda else time.perf_counter
+    def __init__(self, device: torch.device) -> None:
+        self._stamp = _stamp_of(device)
+        self._overhead = 0.0 if device.type == "cuda" else _cost_of(self._stamp)
         self._events: list[tuple[str | None, Any]] = []  # a path where its layer begins, None where one ends
-        self._rounds: list[tuple[tuple[Label, ...], list[float]]] = []
+        self._rounds: list[tuple[Labels, list[float]]] = []
 
     def watch(self, path: str, layer: nn.Module) -> None:
         """Note from now on when calls of ``layer`` begin and end."""
@@ -106,26 +116,50 @@ class _Tape:
         end = self._stamp()
         _wait()
         if counts:
-            self._rounds.append(_pieces(start, self._events, end))
+            labels, pieces = _pieces(start, self._events, end)
+            self._rounds.append((labels, [max(_LEAST_PIECE, piece - self._overhead) for piece in pieces]))
 
-    def profile(self) -> Profile:
-        """Return the fastest time of every piece, added up by call.
+    def totals(self) -> NDArray[np.float64]:
+        """Return the milliseconds of every forward."""
+        return np.array([sum(pieces) for _, pieces in self._rounds])
 
-        Rounds in which the model took another way than mostly (control flow that depends on chance) are left out.
-        """
-        usual = collections.Counter(labels for labels, _ in self._rounds).most_common(1)[0][0]
-        fastest = np.min([pieces for labels, pieces in self._rounds if labels == usual], axis=0)
-        spent: dict[Label, float] = dict.fromkeys(usual, 0.0)
-        for label, piece in zip(usual, fastest, strict=True):
+    def fastest_total(self) -> float:
+        """Return the milliseconds of a forward of which every piece is as fast as in its fastest round."""
+        return float(self._fastest()[1].sum())
+
+    def profile(self, total: float) -> Profile:
+        """Return ``total``, shared out over the calls in proportion to the fastest time of every piece."""
+        labels, pieces = self._fastest()
+        spent: dict[Label, float] = dict.fromkeys(labels, 0.0)
+        for label, piece in zip(labels, pieces * (total / pieces.sum()), strict=True):
             spent[label] += float(piece)
         calls: dict[str, list[float]] = {}
         for label, amount in spent.items():
             if label is not None:
                 calls.setdefault(label[0], []).append(amount)
-        return Profile(float(fastest.sum()), calls)
+        return Profile(total, calls)
+
+    def _fastest(self) -> tuple[Labels, NDArray[np.float64]]:
+        """Return whose the pieces of a round are, and the fastest time of each.
+
+        Rounds in which the model took another way than mostly (control flow that depends on chance) are left out.
+        """
+        usual = collections.Counter(labels for labels, _ in self._rounds).most_common(1)[0][0]
+        return usual, np.min([pieces for labels, pieces in self._rounds if labels == usual], axis=0)
 
 
-def _pieces(start: Any, events: Sequence[tuple[str | None, Any]], end: Any) -> tuple[tuple[Label, ...], list[float]]:
+def _ratio(tape: _Tape, reference: _Tape) -> float:
+    return float(np.median(tape.totals() / reference.totals()))
+
+
+def _standard_error(tape: _Tape, reference: _Tape) -> float:
+    """Return the relative standard error of the median ratio, from the median deviation of the rounds."""
+    ratios = np.log(tape.totals() / reference.totals())
+    deviation = float(np.median(np.abs(ratios - np.median(ratios))))
+    return 1.253 * 1.483 * deviation / math.sqrt(len(ratios))  # both factors: normal distribution
+
+
+def _pieces(start: Any, events: Sequence[tuple[str | None, Any]], end: Any) -> tuple[Labels, list[float]]:
     """Return whose each piece between two stamps is, and the milliseconds it took."""
     labels: list[Label] = [None]
     inside: list[Label] = [None]
@@ -144,6 +178,20 @@ def _pieces(start: Any, events: Sequence[tuple[str | None, Any]], end: Any) -> t
 def _milliseconds(before: Any, after: Any) -> float:
     elapsed: float = before.elapsed_time(after) if isinstance(before, torch.cuda.Event) else 1e3 * (after - before)
     return elapsed
+
+
+def _stamp_of(device: torch.device) -> Callable[[], Any]:
+    """Return what tells the time of work on ``device``."""
+    if device.type == "cuda":
+        return _cuda_stamp
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
+
+
+def _cost_of(stamp: Callable[[], Any]) -> float:
+    """Return the milliseconds that a stamp itself takes: every piece has one."""
+    stamps = [stamp() for _ in range(_STAMPS)]
+    return min(_milliseconds(before, after) for before, after in itertools.pairwise(stamps))
 
 
 def _cuda_stamp() -> torch.cuda.Event:

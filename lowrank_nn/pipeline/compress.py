@@ -16,7 +16,8 @@ from lowrank_nn.errors import LowRankError, PlanError
 from lowrank_nn.graph import Recording, call_model, record
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.pipeline.apply import Apply
-from lowrank_nn.pipeline.dryrun import DryRun, dry_run
+from lowrank_nn.pipeline.dryrun import DryRun
+from lowrank_nn.pipeline.latency import dry_run_in_time
 from lowrank_nn.pipeline.lowrank import LowRank
 from lowrank_nn.pipeline.random_state import preserved_random_state
 from lowrank_nn.pipeline.recipes import Recipe, read_recipe
@@ -76,7 +77,7 @@ def plan(
     with preserved_random_state(seed):
         dense = record(model, example_inputs)
         start = State(model, model, dense, example_inputs, calibration, budget, seed=seed, progress=progress)
-        return _plan_report(start, dry_run(start, steps))
+        return _plan_report(start, dry_run_in_time(start, steps))
 
 
 def compress_model(
@@ -104,7 +105,8 @@ def compress_model(
         calibration: Batches of inputs for steps that measure activations; labels in them are ignored.
         seed: Seed of everything random. The same inputs and seed give the same bits on the same machine.
         progress: Whether to show progress bars, on a terminal.
-        measure_speed: Whether to time both models on ``example_inputs`` for the report.
+        measure_speed: Whether to time both models on ``example_inputs`` for the report; under a latency budget they are
+            timed in any case.
 
     Returns:
         The compressed model, the report and the plan.
@@ -121,7 +123,7 @@ def compress_model(
     with preserved_random_state(seed):
         dense = record(model, example_inputs)
         start = State(model, model, dense, example_inputs, calibration, budget, seed=seed, progress=progress)
-        planned = dry_run(start, steps)
+        planned = dry_run_in_time(start, steps)
         state = dataclasses.replace(start, model=_working_copy(model, _replaced_at_once(steps, planned)))
         for index, (step, decisions) in enumerate(zip(steps, planned.decisions, strict=True), 1):
             logger.info("step %d of %d: %r", index, len(steps), step)
@@ -129,7 +131,7 @@ def compress_model(
         small = _record_result(state.model, example_inputs)
         _refuse_broken(dense, small)
         report = make_report("result", (model, dense), (state.model, small), left=planned.left(dense))
-        if measure_speed:
+        if measure_speed or planned.latency is not None:
             report = dataclasses.replace(report, latency=_latency(model, state.model, example_inputs))
     return Result(state.model, report, _plan_report(start, planned))
 

@@ -25,18 +25,21 @@ class DryRun:
         decisions: The decisions of each step.
         steps: The steps.
         state: The model on the meta device after the last step.
+        latency: Its measured time over that of the dense model, where the budget asks for it.
     """
 
     decisions: list[list[Decision]]
     steps: list[Step]
     state: State
+    latency: float | None = None
 
     def overspent(self) -> float:
         """Return the largest ratio of what remains to what the budget allows; 0 without a budget."""
         budget = self.state.budget
         if budget is None:
             return 0.0
-        return float((budget.spent(self.state.cost()) / budget.allowed(self.state.dense_cost())).max())
+        spent = budget.spent(self.state.cost(), self.state.latency())
+        return float((spent / budget.allowed(self.state.dense_cost(), self.state.dense_latency())).max())
 
     def fits(self) -> bool:
         """Whether what remains is within the budget, up to rounding."""
@@ -130,10 +133,11 @@ def _run_once(start: State, steps: Sequence[Step]) -> DryRun:
 def _above_budget(end: DryRun) -> str:
     budget, state = end.state.budget, end.state
     assert budget is not None
-    spent, dense = state.cost(), state.dense_cost()
+    spent = budget.spent(state.cost(), state.latency())
+    dense = budget.spent(state.dense_cost(), state.dense_latency())
     parts = [
-        f"{name}: {getattr(spent, name) / max(1, getattr(dense, name)):.3g} of the dense model, allowed {share:.3g}"
-        for name, share in budget.shares().items()
+        f"{name}: {now / max(before, 1e-9):.3g} of the dense model, allowed {share:.3g}"
+        for (name, share), now, before in zip(budget.shares().items(), spent, dense, strict=True)
     ]
     hint = (
         "Add LowRank(), which works towards the budget" if not any(s.allocates() for s in end.steps) else "Prune more"

@@ -15,7 +15,7 @@ from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Recording, Site, model_cost, replace_module
 from lowrank_nn.graph.derive import derive_recording
 from lowrank_nn.layers import CompressedLayer
-from lowrank_nn.planning import Budget
+from lowrank_nn.planning import Budget, Clock
 
 Item = TypeVar("Item")
 
@@ -54,6 +54,7 @@ class State:
         seed: Seed of everything random.
         progress: Whether long work shows a progress bar (never when the output is not a terminal).
         dry: Whether this is a dry run: structure without numbers.
+        clock: Estimates latencies; None where the budget asks for none.
         cache: What steps computed from the given weights and want to find again in the next dry run.
     """
 
@@ -67,6 +68,7 @@ class State:
     seed: int = 0
     progress: bool = True
     dry: bool = False
+    clock: Clock | None = None
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def sites(self) -> tuple[Site, ...]:
@@ -84,6 +86,14 @@ class State:
     def dense_cost(self) -> Cost:
         """Return the cost of the model as it was given."""
         return model_cost(self.dense, self.original)
+
+    def latency(self) -> float:
+        """Return the estimated milliseconds of one forward of the model as it is now; 0 where no budget asks for it."""
+        return 0.0 if self.clock is None else self.clock.forward(self.recording())
+
+    def dense_latency(self) -> float:
+        """Return the measured milliseconds of one forward of the given model; 0 where no budget asks for it."""
+        return 0.0 if self.clock is None else self.clock.dense
 
     def weights_of(self, site: Site) -> nn.Module:
         """Return the given model's layer at this site: in a dry run the place to find numbers."""
