@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lowrank_nn.cost import Cost
-from lowrank_nn.errors import BudgetError, OptionError, PlanError
+from lowrank_nn.errors import BudgetError, CalibrationError, OptionError, PlanError
 from lowrank_nn.graph import Site
 from lowrank_nn.layers import LAYERS, LowRankLayer, RankRule, SVDConv2d, SVDLinear, TuckerConv2d
 from lowrank_nn.pipeline.apply import class_for, decide_layer, refusal
+from lowrank_nn.pipeline.evidence import Evidence, carry_out, changed_since_given, gather
 from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning import Budget, Clock, SiteCandidates, TimedCandidates, allocate, low_rank_candidates
@@ -24,10 +25,16 @@ class LowRank(Step):
     """Replace layers by low-rank formats.
 
     Without ``rank``, the format (Tucker, SVD, CP: every registered one) and the rank of each layer are chosen
-    together for the whole network: the product over layers of the share of energy kept, 1 - ||W - W'||^2 / ||W||^2,
-    is made large under the budget, by a Lagrangian multiple-choice knapsack over all candidates, the dense layer
+    together for the whole network, by a Lagrangian multiple-choice knapsack over all candidates, the dense layer
     included. With a rank rule, each layer is treated by itself: Tucker-2 for k x k convolutions, the SVD for 1 x 1
     convolutions and linear layers.
+
+    With calibration data, what is made small is the change of the network's output on them: candidates are fitted
+    under the metric of :func:`lowrank_nn.planning.collect_metrics`, whose errors add up over layers; then all chosen
+    layers are fitted once more in the order of execution, each to give what the given network gave, out of what the
+    compressed layers before it produce; and the change of each layer's mean output is corrected, in its bias or in
+    the running mean of the norm behind it. Without data, the product over layers of the share of energy kept,
+    1 - ||W - W'||^2 / ||W||^2, is made large.
 
     Args:
         where: Shell patterns on dotted paths of the layers wanted.
@@ -35,6 +42,12 @@ class LowRank(Step):
         formats: Low-rank classes to choose from; all registered ones if left out. With a rank rule, each layer takes
             the first that replaces its kind.
         rank: A rank rule (``VBMF()``, ``Energy(0.9)``, ``Params(0.3)``, ``SpeedUp(2)``), or None for the budget.
+        data_aware: Whether to use the calibration data; if left out, where there are some and ranks come from the
+            budget.
+        curvature: Whether errors count by what they do to the network's output, which takes gradients, or by what
+            they do to the layer's own.
+        reconstruct: Whether to fit the layers once more in the order of execution. Holds the activations of all
+            calibration data at one point of the given and of the compressed network in memory.
 
     Raises:
         OptionError: ``rank`` is neither a rule nor None.
@@ -53,6 +66,9 @@ class LowRank(Step):
         but_not: Patterns = (),
         formats: Sequence[type[LowRankLayer]] | None = None,
         rank: RankRule | None = None,
+        data_aware: bool | None = None,
+        curvature: bool = True,
+        reconstruct: bool = True,
     ) -> None:
         if rank is not None and not isinstance(rank, RankRule):
             raise OptionError(
@@ -61,6 +77,7 @@ class LowRank(Step):
             )
         self.where, self.but_not, self.rank = where, but_not, rank
         self.formats = None if formats is None else tuple(formats)
+        self.data_aware, self.curvature, self.reconstruct = data_aware, curvature, reconstruct
 
     def __repr__(self) -> str:
         names = None if self.formats is None else [cls.__name__ for cls in self.formats]
@@ -76,6 +93,7 @@ class LowRank(Step):
         Raises:
             PlanError: A pattern matches nothing, or there is no budget.
             BudgetError: The budget cannot be met.
+            CalibrationError: There are no calibration data, and ``data_aware`` is set, or they are not usable.
         """
         classes = self._classes()
         sites = [site for site in state.sites() if class_for(site, classes) is not None]
@@ -84,6 +102,41 @@ class LowRank(Step):
             return self._share_out(state, chosen, classes)
         watched = state.watch(chosen, f"LowRank: {self.rank}")
         return [decide_layer(state, site, self._format_of(site), {"rank": self.rank}) for site in watched]
+
+    def execute(self, state: State, decisions: list[Decision]) -> None:
+        """Replace the layers as decided; with calibration data, fitted to them."""
+        if state.dry or not self._uses_data(state):
+            super().execute(state, decisions)
+            return
+        paths = [decision.path for decision in decisions if decision.layer_class is not None]
+        evidence = self._evidence(state)
+        if changed_since_given(state):
+            evidence = gather(state, state.model, paths, curvature=self.curvature)
+        carry_out(state, decisions, evidence)
+
+    def _uses_data(self, state: State) -> bool:
+        """Whether the calibration data play a part.
+
+        Raises:
+            CalibrationError: They must, and there are none.
+        """
+        if self.data_aware and state.calibration is None:
+            raise CalibrationError(
+                "LowRank: data_aware needs calibration batches. Pass compress_model(..., calibration=batches)."
+            )
+        if self.data_aware is None:
+            return self.rank is None and state.calibration is not None
+        return self.data_aware
+
+    def _evidence(self, state: State) -> Evidence:
+        """Return what the data say about the given model; computed once."""
+        key: Any = (Evidence, self.curvature)
+        if key not in state.cache:
+            layers = [site for site in state.original.sites if site.inside is None and not refusal(site)]
+            paths = [site.path for site in layers if isinstance(site.layer, (nn.Conv2d, nn.Linear))]
+            state.cache[key] = gather(state, state.dense, paths, curvature=self.curvature)
+        found: Evidence = state.cache[key]
+        return found
 
     def _classes(self) -> tuple[type[LowRankLayer], ...]:
         return self.formats or tuple(cls for cls in LAYERS.values() if issubclass(cls, LowRankLayer))
@@ -137,10 +190,12 @@ class LowRank(Step):
             return SiteCandidates(site.path, [], note)
         if not isinstance(site.layer, (nn.Conv2d, nn.Linear)):
             return SiteCandidates(site.path, [], f"it is a {type(site.layer).__name__} already: put LowRank first")
-        key: Any = (LowRank, site.path, classes)
+        metric = self._evidence(state).metric(site.path) if self._uses_data(state) else None
+        key: Any = (LowRank, site.path, classes, metric is not None, self.curvature)
         if key not in state.cache:
             multiple = 1 if state.clock is None else state.clock.vector_width
-            state.cache[key] = low_rank_candidates(site, state.weights_of(site), classes, multiple=multiple)
+            layer = state.weights_of(site)
+            state.cache[key] = low_rank_candidates(site, layer, classes, metric, multiple=multiple)
         found: SiteCandidates = state.cache[key]
         return found
 

@@ -35,7 +35,7 @@ def net():
 
 
 def compress(model, recipe=None, **shares):
-    recipe = recipe or [lnn.LowRank(formats=MATRICES)]
+    recipe = recipe or [lnn.LowRank(formats=MATRICES, data_aware=False)]
     return lnn.compress_model(model, X, recipe, budget=lnn.Budget(**shares), calibration=[X])
 
 
@@ -92,7 +92,7 @@ def test_all_may_remain(net):
 
 @pytest.mark.parametrize("share", [0.05, 0.12, 0.2])
 def test_quantizing_later_widens_the_share_of_low_rank(net, share):
-    recipe = [lnn.LowRank(formats=MATRICES), lnn.Quantize("int8")]
+    recipe = [lnn.LowRank(formats=MATRICES, data_aware=False), lnn.Quantize("int8")]
     result = compress(net, recipe, bytes=share)
     assert 0.9 * share <= result.report.after.bytes / result.report.before.bytes <= share
     alone = compress(net, bytes=share).model
@@ -102,12 +102,12 @@ def test_quantizing_later_widens_the_share_of_low_rank(net, share):
 def test_a_budget_that_only_the_later_step_makes_possible(net):
     with pytest.raises(lnn.BudgetError, match="least possible"):
         compress(net, bytes=0.012)
-    result = compress(net, [lnn.LowRank(formats=MATRICES), lnn.Quantize("int4")], bytes=0.012)
+    result = compress(net, [lnn.LowRank(formats=MATRICES, data_aware=False), lnn.Quantize("int4")], bytes=0.012)
     assert result.report.after.bytes <= 0.012 * result.report.before.bytes
 
 
 def test_pruning_later_widens_the_share_of_bytes_and_not_of_params(net):
-    recipe = [lnn.LowRank(formats=MATRICES), lnn.Prune(0.75)]
+    recipe = [lnn.LowRank(formats=MATRICES, data_aware=False), lnn.Prune(0.75)]
     result = compress(net, recipe, bytes=0.2)
     assert 0.18 <= result.report.after.bytes / result.report.before.bytes <= 0.2
     assert result.report.after.params > 0.3 * result.report.before.params
@@ -116,7 +116,7 @@ def test_pruning_later_widens_the_share_of_bytes_and_not_of_params(net):
 
 
 def test_a_later_step_that_adds_bytes_narrows_the_share(net):
-    recipe = [lnn.LowRank(formats=MATRICES), lnn.Prune(0.01)]  # masks cost a bit per weight, and save little
+    recipe = [lnn.LowRank(formats=MATRICES, data_aware=False), lnn.Prune(0.01)]  # masks cost a bit per weight, and save little
     before = compress(net, bytes=0.3).report.after.bytes
     result = compress(net, recipe, bytes=0.3)
     assert 0.27 <= result.report.after.bytes / result.report.before.bytes <= 0.3
@@ -151,7 +151,7 @@ def test_a_recipe_that_does_not_work_towards_its_budget(net):
 
 
 def test_a_step_before_low_rank_counts(net):
-    recipe = [lnn.Apply(lnn.SVDLinear, where="6", rank=5), lnn.LowRank(formats=MATRICES)]
+    recipe = [lnn.Apply(lnn.SVDLinear, where="6", rank=5), lnn.LowRank(formats=MATRICES, data_aware=False)]
     small = compress(net, recipe, params=0.3).model
     assert small[6].rank == 5
     assert 0.25 * params(net) <= params(small) <= 0.3 * params(net)
@@ -159,7 +159,7 @@ def test_a_step_before_low_rank_counts(net):
 
 def test_a_shared_layer_is_paid_once_and_called_twice():
     model, tokens = ZOO["tied"]()
-    report = lnn.compress_model(model, tokens, lnn.LowRank(formats=MATRICES), budget=lnn.Budget(macs=0.9)).report
+    report = lnn.compress_model(model, tokens, lnn.LowRank(formats=MATRICES, data_aware=False), budget=lnn.Budget(macs=0.9)).report
     row = next(row for row in report.rows if row.path == "mix")
     assert row.after.macs == 2 * 18 * (row.after.params - 24)
 
@@ -171,7 +171,7 @@ def test_the_default_recipe_needs_only_a_budget():
 
 
 def test_the_plan_alone_says_the_same(net):
-    recipe = [lnn.LowRank(formats=MATRICES), lnn.Prune(0.5), lnn.Quantize("int8", activations="int8")]
+    recipe = [lnn.LowRank(formats=MATRICES, data_aware=False), lnn.Prune(0.5), lnn.Quantize("int8", activations="int8")]
     budget = lnn.Budget(bytes=0.1)
     planned = lnn.plan(net, X, recipe, budget=budget, calibration=[X])
     result = lnn.compress_model(net, X, recipe, budget=budget, calibration=[X])

@@ -179,7 +179,7 @@ def test_after_errors(recipe, error):
 
 
 def test_after_not_a_number(monkeypatch):
-    def broken(self, weight):
+    def broken(self, weight, metric=None):
         self.reduce.weight.fill_(float("nan"))
 
     monkeypatch.setattr(lnn.SVDLinear, "approximate_", torch.no_grad()(broken))

@@ -1,0 +1,87 @@
+"""What a low-rank step learns from calibration data, and how it carries its decisions out with it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_nn.decompose import Metric
+from lowrank_nn.graph.links import Link, find_links
+from lowrank_nn.pipeline.state import Decision, State, build
+from lowrank_nn.planning import collect_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What calibration data say about the layers of a model.
+
+    Attributes:
+        metrics: By path; layers that the data never reach are not among them.
+        links: By path, the norm behind a layer and the residual sum that it closes.
+    """
+
+    metrics: dict[str, Metric]
+    links: dict[str, Link]
+
+    def metric(self, path: str) -> Metric | None:
+        """Return the metric that a layer is fitted under: without a mean where the norm behind it makes up for that."""
+        metric = self.metrics.get(path)
+        if metric is None or self.norm(path) is None:
+            return metric
+        return metric.without_mean()
+
+    def norm(self, path: str) -> str | None:
+        """Return the path of the norm right behind a layer, if there is one."""
+        link = self.links.get(path)
+        return None if link is None else link.norm
+
+
+def gather(state: State, model: nn.Module, paths: Sequence[str], *, curvature: bool) -> Evidence:
+    """Run ``model`` over the calibration data and return what the fits of its layers at ``paths`` need."""
+    assert state.calibration is not None
+    metrics = collect_metrics(
+        model, state.calibration, paths, curvature=curvature, seed=state.seed, progress=state.progress
+    )
+    return Evidence(metrics, find_links(model, state.example_inputs))
+
+
+def carry_out(state: State, decisions: Sequence[Decision], evidence: Evidence) -> None:
+    """Replace layers as decided, each fitted to what the data show, and correct what that does to mean outputs.
+
+    Args:
+        state: The model on its way; changed.
+        decisions: What becomes of each layer.
+        evidence: Gathered from the model as it is before.
+    """
+    replaced = [decision for decision in decisions if decision.layer_class is not None]
+    before = copy.deepcopy(state.model) if changed_since_given(state) else state.dense
+    for decision in state.watch(replaced, "LowRank: fits"):
+        metric = evidence.metric(decision.path)
+        layer = state.model.get_submodule(decision.path)
+        state.replace(decision.path, build(decision, layer, {} if metric is None else {"metric": metric}))
+    paths = [decision.path for decision in replaced]
+    for path in paths:
+        _correct_mean(state.model, before, path, evidence)
+
+
+@torch.no_grad()
+def _correct_mean(model: nn.Module, before: nn.Module, path: str, evidence: Evidence) -> None:
+    """Shift the norm behind a layer by the change of the layer's mean output."""
+    norm = evidence.norm(path)
+    if norm is None or path not in evidence.metrics:
+        return
+    new, old = (net.get_submodule(path).weight for net in (model, before))
+    assert isinstance(new, Tensor)
+    assert isinstance(old, Tensor)
+    running_mean = model.get_buffer(f"{norm}.running_mean")
+    running_mean += evidence.metrics[path].mean_output(new - old).to(running_mean)
+
+
+def changed_since_given(state: State) -> bool:
+    """Whether an earlier step changed a value that the model computes with."""
+    given, now = state.dense.state_dict(), state.model.state_dict()
+    return given.keys() != now.keys() or not all(torch.equal(given[name], now[name]) for name in given)
