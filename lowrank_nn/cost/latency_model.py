@@ -18,6 +18,7 @@ from lowrank_nn.cost._dense import conv_output_size
 Floats = NDArray[np.float64]
 
 _SMALL_INPUT = 20480  # torch's own limit: single images up to this many scalars are convolved outside of oneDNN
+_TERMS = 5
 _FEW = 5  # timings of one kind of call that a fit of its own needs
 _REWEIGHTS = 8
 _REACH = 0.5  # distance, on a log scale of channels and positions, over which a timing tells about its neighbours
@@ -75,7 +76,7 @@ def leaf_call(key: str, layer: Mapping[str, Any], input_shape: Sequence[int], wi
 
 def between_stages(key: str) -> LeafCall:
     """Describe what a layer of several stages adds to them: the calls themselves, padding."""
-    return LeafCall(key, "between stages", (1.0, 0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0))
+    return LeafCall(key, "between stages", (1.0, *(0.0,) * (_TERMS - 1)), (0.0,) * 4)
 
 
 def _call(
@@ -121,7 +122,7 @@ class LatencyModel:
     positions.
 
     Args:
-        timings: Measured milliseconds of calls; one at least.
+        timings: Measured milliseconds of calls.
 
     Attributes:
         median_error: Median relative error of the formula, uncorrected, over the timings.
@@ -141,7 +142,7 @@ class LatencyModel:
             residuals = np.log(theirs / [self._formula(call) for call in own])
             self._neighbours[kind] = np.array([call.place for call in own]), residuals
             errors += list(np.abs(np.expm1(-residuals)))
-        self.median_error = float(np.median(errors))
+        self.median_error = float(np.median(errors)) if errors else math.nan
         self.milliseconds = functools.cache(self._milliseconds)
 
     def _milliseconds(self, call: LeafCall) -> float:
@@ -165,6 +166,8 @@ class LatencyModel:
 
 def _fit(calls: Sequence[LeafCall], times: Floats) -> Floats:
     """Return the non-negative coefficients with the least sum of relative errors (iteratively reweighted squares)."""
+    if not calls:
+        return np.zeros(_TERMS)
     work = np.array([call.work for call in calls])
     scale = np.maximum(work.max(axis=0), 1e-300)
     relative = work / scale / times[:, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from lowrank_nn.cost import (
 )
 from lowrank_nn.graph import Call, Recording, Site
 from lowrank_nn.graph.derive import derive_recording
+from lowrank_nn.graph.inputs import tensors
+from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.graph.stand_in import stand_in
 from lowrank_nn.graph.timing import Profile, time_in_place
 from lowrank_nn.layers import CompressedLayer, layer_output_shape
@@ -50,53 +52,52 @@ class Clock:
         self, dense: nn.Module, recording: Recording, example_inputs: Any, *, timer: Timer = time_in_place
     ) -> None:
         self._dense, self._original, self._inputs, self._timer = dense, recording, example_inputs, timer
-        weights = [site.layer.weight for site in recording.sites if isinstance(site.layer, _TIMED)]
-        tensors = [weight for weight in weights if isinstance(weight, Tensor)]
-        device = tensors[0].device if tensors else torch.device("cpu")
+        weights = [p for site in _timed_sites(recording) for p in site.layer.parameters() if p.dim() >= 2]
+        device = weights[0].device if weights else torch.device("cpu")
         self.vector_width = vector_width(device)
         self._cache = TimingCache(describe_machine(device))
-        self._setting = _setting(tensors, device)
+        self._setting = _setting(weights, list(tensors(example_inputs)), device)
         self._calls: dict[str, LeafCall] = {}
         self._times: dict[str, float] = {}
-        self._dense_time: float | None = None
+        self._dense_time = 0.0
         self._rest = 0.0
         self._model: LatencyModel | None = None
 
     @property
     def dense(self) -> float:
         """Milliseconds of a forward of the dense model, measured."""
-        if self._dense_time is None:
-            (profile,) = self._timer([(self._dense, _paths(self._original))], self._inputs)
-            times = self._times_of(self._original, profile)
-            known = self._cache.load()
-            # The machine may run at another speed than when it was timed for the cache.
-            speeds = [time / known[key] for key, time in times.items() if key in known]
-            drift = statistics.median(speeds) if speeds else 1.0
-            self._times = {key: drift * time for key, time in known.items()}
-            self._learn(times)
-            self._dense_time = profile.total
-            self._rest = profile.total - self._sum(self._original)
+        self._start_once()
         return self._dense_time
 
-    def layer(self, layer: nn.Module, calls: Sequence[Call]) -> float:
-        """Return the milliseconds that a layer takes for its calls in one forward.
+    def work_of(self, layer: nn.Module, calls: Sequence[Call]) -> list[LeafCall]:
+        """Return all that a layer does in one forward: its own calls, and those of its stages.
 
         Args:
             layer: A convolution, linear or compressed layer, possibly on the meta device.
             calls: With which inputs it is called.
         """
-        assert self.dense
-        return sum(self._milliseconds(leaf) for call in calls for leaf in self._leaves(layer, call.input_shape))
+        work = []
+        for call in calls:
+            shape = call.input_shape
+            work.append(self._own_call(layer, shape))
+            for stage in layer.stages() if isinstance(layer, CompressedLayer) else ():
+                work.append(self._own_call(stage, shape))
+                shape = layer_output_shape(stage, shape)
+        return work
+
+    def milliseconds(self, work: Iterable[LeafCall]) -> float:
+        """Return the time that some work takes: as timed, or by formula."""
+        self._start_once()
+        return sum(self._times.get(call.key) or self._fitted().milliseconds(call) for call in work)
+
+    def has_timed(self, work: Iterable[LeafCall]) -> bool:
+        """Whether each of these calls was timed, in this run or an earlier one."""
+        self._start_once()
+        return all(call.key in self._times for call in work)
 
     def forward(self, recording: Recording) -> float:
         """Return the milliseconds of one forward, estimated from what a model is recorded to do."""
-        assert self.dense
-        return self._rest + self._sum(recording)
-
-    def knows(self, layer: nn.Module, calls: Sequence[Call]) -> bool:
-        """Whether all that ``layer`` does in these calls has been timed."""
-        assert self.dense
-        return all(leaf.key in self._times for call in calls for leaf in self._leaves(layer, call.input_shape))
+        return self.milliseconds(self._work_in(recording)) + self._rest
 
     def measure(self, replaced: Mapping[str, CompressedLayer]) -> float:
         """Time the model with some layers replaced, beside the dense one, and learn from it.
@@ -114,15 +115,33 @@ class Clock:
         ratio = after.total / before.total
         speed = self.dense / before.total  # as the dense model ran when it was timed first
         self._learn({key: speed * time for key, time in self._times_of(recording, after).items()})
-        self._rest = ratio * self.dense - self._sum(recording)
+        self._rest = ratio * self.dense - self.milliseconds(self._work_in(recording))
         logger.info("measured %.3f of the dense model's %.3f ms", ratio, before.total)
         return ratio
 
     @property
     def median_error(self) -> float:
-        """Median relative error of the fitted formula over the timed calls."""
-        assert self.dense
+        """Median relative error of the fitted formula over the calls that were timed."""
         return self._fitted().median_error
+
+    def _start_once(self) -> None:
+        """Time the dense model, and take over what was timed in earlier runs."""
+        if self._dense_time:
+            return
+        sides = [(self._dense, _paths(self._original))]
+        (profile,) = self._timer(sides, self._inputs)
+        times = self._times_of(self._original, profile)
+        if not profile.calls.keys() >= set(sides[0][1]):
+            with evaluating(self._dense):  # without the fused kernels of encoder layers, which call no layers
+                times = self._times_of(self._original, self._timer(sides, self._inputs)[0])
+        known = self._cache.load()
+        # The machine may run at another speed than when it was timed for the cache.
+        speeds = [time / known[key] for key, time in times.items() if key in known]
+        drift = statistics.median(speeds) if speeds else 1.0
+        self._times = {key: drift * time for key, time in known.items()}
+        self._learn(times)
+        self._dense_time = profile.total
+        self._rest = profile.total - self.milliseconds(self._work_in(self._original))
 
     def _learn(self, times: Mapping[str, float]) -> None:
         self._times.update(times)
@@ -137,25 +156,15 @@ class Clock:
                 found.setdefault(self._own_call(site.layer, call.input_shape).key, []).append(time)
         return {key: statistics.median(times) for key, times in found.items()}
 
-    def _sum(self, recording: Recording) -> float:
-        sites = _timed_sites(recording)
-        return sum(self._milliseconds(self._own_call(site.layer, c.input_shape)) for site in sites for c in site.calls)
-
-    def _milliseconds(self, call: LeafCall) -> float:
-        return self._times[call.key] if call.key in self._times else self._fitted().milliseconds(call)
+    def _work_in(self, recording: Recording) -> list[LeafCall]:
+        sites = _timed_sites(recording)  # stages of compressed layers are sites of their own
+        return [self._own_call(site.layer, call.input_shape) for site in sites for call in site.calls]
 
     def _fitted(self) -> LatencyModel:
         if self._model is None:
             self._model = LatencyModel({call: self._times[k] for k, call in self._calls.items() if k in self._times})
             logger.debug("latency formula: median error %.1f %%", 100 * self._model.median_error)
         return self._model
-
-    def _leaves(self, layer: nn.Module, input_shape: tuple[int, ...]) -> Iterator[LeafCall]:
-        """Yield the calls in one call of ``layer``: its own, and those of its stages."""
-        yield self._own_call(layer, input_shape)
-        for stage in layer.stages() if isinstance(layer, CompressedLayer) else ():
-            yield self._own_call(stage, input_shape)
-            input_shape = layer_output_shape(stage, input_shape)
 
     def _own_call(self, layer: nn.Module, input_shape: tuple[int, ...]) -> LeafCall:
         """Describe what ``layer`` itself does in a call, the work of its stages apart."""
@@ -179,10 +188,10 @@ def _paths(recording: Recording) -> list[str]:
     return [site.path for site in _timed_sites(recording)]
 
 
-def _setting(weights: Sequence[Tensor], device: torch.device) -> str:
+def _setting(weights: Sequence[Tensor], inputs: Sequence[Tensor], device: torch.device) -> str:
     """Return what the time of every call depends on besides the call, as a suffix of its key."""
-    maps = [weight for weight in weights if weight.dim() == 4 and max(weight.shape[1:]) > 1]
-    last = any(not w.is_contiguous() and w.is_contiguous(memory_format=torch.channels_last) for w in maps)
+    maps = [tensor for tensor in (*weights, *inputs) if tensor.dim() == 4 and max(tensor.shape[-2:]) > 1]
+    last = any(not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last) for t in maps)
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else ""
     return f" {'+'.join(dtypes)}{' channels_last' if last else ''}{f' autocast {autocast}' if autocast else ''}"

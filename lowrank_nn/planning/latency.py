@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import nn
 
+from lowrank_nn.cost import LeafCall
 from lowrank_nn.graph import Recording, Site
 from lowrank_nn.layers import CompressedLayer, read_layer
 from lowrank_nn.planning.budget import Budget
@@ -31,20 +34,23 @@ class TimedCandidates:
     """
 
     def __init__(self, tables: Sequence[SiteCandidates], recording: Recording, clock: Clock) -> None:
-        self._tables, self._clock = list(tables), clock
-        self._sites = [recording[table.path] for table in tables]
-        self._built = [_built(table, site) for table, site in zip(tables, self._sites, strict=True)]
+        self._clock = clock
         self._present = present_layers(recording)
+        self._sites = []
+        for table in tables:
+            site = recording[table.path]
+            layers = [_built(site, candidate) for candidate in table.candidates]
+            self._sites.append(_TimedSite(table, layers, [clock.work_of(layer, site.calls) for layer in layers]))
 
     def probes(self) -> list[Replaced]:
         """Return what is to be measured first: every format at two sizes in every layer, all layers at a time.
 
-        Where the same has been timed before, on this machine, it is left out.
+        What has been timed before, on this machine, is left out.
         """
         queues = []
-        for site, (dense, *candidates), layers in self._rows():
-            picks = _spread_over_formats(candidates, dense)
-            queues.append([(site.path, layers[i]) for i in picks if not self._clock.knows(layers[i], site.calls)])
+        for site in self._sites:
+            picks = _spread_over_formats(site.table.candidates)
+            queues.append([(site.table.path, site.layers[i]) for i in picks if not self._clock.has_timed(site.work[i])])
         turns = itertools.zip_longest(*queues)
         return [self._present | dict(entry for entry in turn if entry is not None) for turn in turns]
 
@@ -64,24 +70,27 @@ class TimedCandidates:
         Args:
             budget: Candidates that another one beats in error and in every entry of it are left out too.
         """
-        return [
-            _faster_ones(table, [self._clock.layer(layer, site.calls) for layer in (site.layer, *layers)], budget)
-            for table, (site, _, layers) in zip(self._tables, self._rows(), strict=True)
-        ]
-
-    def _rows(self) -> Iterator[tuple[Site, list[Candidate], list[CompressedLayer]]]:
-        """Yield, per site, the candidates, and the layers that all but the first (the dense one) stand for."""
-        for table, site, layers in zip(self._tables, self._sites, self._built, strict=True):
-            yield site, table.candidates, layers
+        return [_faster_ones(site.table, self._times(site), budget) for site in self._sites]
 
     def _nearest(self) -> Iterator[tuple[str, CompressedLayer]]:
         """Yield the fastest candidate of every site with none that seems fast, if it was not timed yet."""
-        for site, _, layers in self._rows():
-            times = [self._clock.layer(layer, site.calls) for layer in layers]
-            if times and min(times) >= self._clock.layer(site.layer, site.calls):
-                best = layers[int(np.argmin(times))]
-                if not self._clock.knows(best, site.calls):
-                    yield site.path, best
+        for site in self._sites:
+            dense, *others = self._times(site)
+            if others and min(others) >= dense:
+                best = 1 + int(np.argmin(others))
+                if not self._clock.has_timed(site.work[best]):
+                    yield site.table.path, site.layers[best]
+
+    def _times(self, site: _TimedSite) -> list[float]:
+        return [self._clock.milliseconds(work) for work in site.work]
+
+
+class _TimedSite(NamedTuple):
+    """The candidates of a site, the layers they stand for without numbers, and what each does in a forward."""
+
+    table: SiteCandidates
+    layers: list[Any]
+    work: list[list[LeafCall]]
 
 
 def present_layers(recording: Recording) -> Replaced:
@@ -90,25 +99,23 @@ def present_layers(recording: Recording) -> Replaced:
     return {site.path: site.layer for site in sites if isinstance(site.layer, CompressedLayer)}
 
 
-def _built(table: SiteCandidates, site: Site) -> list[CompressedLayer]:
-    """Build the candidates of a site, but for the dense layer, on the meta device."""
-    layers: list[CompressedLayer] = []
-    for candidate in table.candidates[1:]:
-        assert candidate.layer_class is not None
-        source = read_layer(site.layer, candidate.layer_class)
-        options = source.arguments | candidate.options
-        layers.append(candidate.layer_class.empty(device="meta", dtype=source.weight.dtype, **options))
-    return layers
+def _built(site: Site, candidate: Candidate) -> nn.Module:
+    """Return the layer that a candidate stands for, on the meta device; of the dense one, what stands there."""
+    if candidate.layer_class is None:
+        return site.layer
+    source = read_layer(site.layer, candidate.layer_class)
+    options = source.arguments | candidate.options
+    return candidate.layer_class.empty(device="meta", dtype=source.weight.dtype, **options)
 
 
-def _spread_over_formats(candidates: Sequence[Candidate], dense: Candidate) -> list[int]:
+def _spread_over_formats(candidates: Sequence[Candidate]) -> list[int]:
     """Return the indices of the candidates of each format whose MACs come nearest to some shares of the dense ones."""
     formats: dict[str, list[int]] = {}
     for index, candidate in enumerate(candidates):
-        assert candidate.layer_class is not None
-        variant = {name: value for name, value in candidate.options.items() if name != "rank"}
-        formats.setdefault(f"{candidate.layer_class.__name__} {variant}", []).append(index)
-    shares = np.array([candidate.cost.macs for candidate in candidates]) / max(1, dense.cost.macs)
+        if candidate.layer_class is not None:
+            variant = {name: value for name, value in candidate.options.items() if name != "rank"}
+            formats.setdefault(f"{candidate.layer_class.__name__} {variant}", []).append(index)
+    shares = np.array([candidate.cost.macs for candidate in candidates]) / max(1, candidates[0].cost.macs)
     picks = [members[int(np.abs(shares[members] - s).argmin())] for members in formats.values() for s in _PROBED]
     return list(dict.fromkeys(picks))
 
