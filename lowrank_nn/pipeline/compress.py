@@ -156,12 +156,19 @@ def compare(dense: nn.Module, small: nn.Module, example_inputs: Any, *, measure_
 
 def _plan_report(start: State, planned: DryRun) -> Report:
     after = planned.state
-    return make_report(
+    report = make_report(
         "plan",
         (start.model, start.original),
         (after.model, after.recording()),
         left=planned.left(start.original),
         errors=planned.errors(),
+    )
+    if planned.latency is None:
+        return report
+    before = after.dense_latency()
+    threads, device = torch.get_num_threads(), _device(start.dense)
+    return dataclasses.replace(
+        report, latency=Latency(before, planned.latency * before, 1 / planned.latency, threads, device)
     )
 
 
@@ -204,8 +211,11 @@ def _latency(dense: nn.Module, small: nn.Module, example_inputs: Any) -> Latency
     copies = [copy.deepcopy(model).eval() for model in (dense, small)]  # a forward may change buffers
     with torch.no_grad():
         timing = compare_speed(*(_caller(model, example_inputs) for model in copies))
-    device = next((str(p.device) for p in small.parameters()), "cpu")
-    return Latency(timing.first, timing.second, timing.ratio, torch.get_num_threads(), device)
+    return Latency(timing.first, timing.second, timing.ratio, torch.get_num_threads(), _device(small))
+
+
+def _device(model: nn.Module) -> str:
+    return next((str(parameter.device) for parameter in model.parameters()), "cpu")
 
 
 def _caller(model: nn.Module, example_inputs: Any) -> Any:
