@@ -1,31 +1,32 @@
-"""The file itself: a safetensors file whose header carries the structure as JSON, under one checksum."""
+"""The file itself: a safetensors file, one entry of which says what the others are and holds all that is small."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import secrets
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lowrank_nn.errors import FileFormatError, OptionError
+from lowrank_nn.storage._bits import Bytes
 from lowrank_nn.storage._encoding import DTYPES
+from lowrank_nn.storage._json import MAX_JSON, deflate, dump, inflate, parse
 
 FORMAT = "lowrank_nn"
 VERSION = 1
+INDEX = "__lowrank_nn__"  # the last entry: checksum, length of the structure, the structure deflated, small payloads
 LENGTH_BYTES = 8
-MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+CHECKSUM_BYTES = 16
+FRONT = CHECKSUM_BYTES + 4
+MAX_ENTRIES = 2**62
 
 Entry = tuple[str, tuple[int, ...]]
 
@@ -36,42 +37,42 @@ class Contents:
 
     Attributes:
         structure: The JSON structure.
-        payloads: The bytes of each entry, as flat uint8 views of one buffer.
-        stored_as: Dtype and shape of each entry in the safetensors header.
-        header_bytes: Bytes before the first payload.
+        listed: The bytes of each entry but the index, as flat uint8 views of one buffer.
+        stored_as: Dtype and shape of each of these entries in the safetensors header.
+        gathered: The payloads that have no entry of their own, one after the other.
+        file_bytes: Size of the file.
     """
 
     structure: Any
-    payloads: dict[str, Tensor]
+    listed: dict[str, Tensor]
     stored_as: dict[str, Entry]
-    header_bytes: int
+    gathered: Tensor
+    file_bytes: int
 
 
-def digest(data: NDArray[np.uint8]) -> str:
+def digest(data: Bytes) -> str:
     """Return the checksum of a payload: BLAKE2b, 8 bytes, as hex."""
     return hashlib.blake2b(data.data, digest_size=8).hexdigest()
 
 
-def make_header(structure: Any, entries: Mapping[str, Entry]) -> bytes:
-    """Return the file up to its payloads.
+def make_file(structure: Any, listed: Mapping[str, tuple[Entry, Bytes]], gathered: Sequence[Bytes]) -> list[Bytes]:
+    """Return the parts of a file, in order.
 
     Args:
         structure: The JSON structure.
-        entries: Dtype and shape of every payload, in the order in which they follow.
+        listed: Dtype, shape and bytes of every payload that gets an entry of its own; wide items first, so that each
+            starts at a multiple of its item size.
+        gathered: The other payloads.
     """
-    metadata = {"format": FORMAT, "version": str(VERSION), "structure": pack_json(structure)}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for key, (dtype, shape) in entries.items():
-        start, end = end, end + _entry_bytes(dtype, shape)
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    metadata["checksum"] = _checksum(header)
-    text = _dump(header).encode()
-    text += b" " * (-len(text) % LENGTH_BYTES)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+    deflated = deflate(structure)
+    index = [np.frombuffer(len(deflated).to_bytes(4, "little") + deflated, np.uint8), *gathered]
+    index_entry = ("U8", (CHECKSUM_BYTES + sum(part.size for part in index),))
+    header = _header({key: entry for key, (entry, _) in listed.items()} | {INDEX: index_entry})
+    checksum = np.frombuffer(_checksum([header, *index]), np.uint8)
+    return [header, *(payload for _, payload in listed.values()), checksum, *index]
 
 
-def write_file(path: Path, header: bytes, payloads: list[NDArray[np.uint8]]) -> int:
+def write_file(path: Path, parts: Sequence[Bytes]) -> int:
     """Write all or nothing: to a temporary file in the same folder, which then takes the name ``path``.
 
     Returns:
@@ -88,9 +89,7 @@ def write_file(path: Path, header: bytes, payloads: list[NDArray[np.uint8]]) -> 
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with draft.open("xb") as file:
-            size = file.write(header)
-            for payload in payloads:
-                size += file.write(payload.data)
+            size = sum(file.write(part.data) for part in parts)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(target)
@@ -102,7 +101,7 @@ def write_file(path: Path, header: bytes, payloads: list[NDArray[np.uint8]]) -> 
 
 
 def read_file(path: Path) -> Contents:
-    """Read and check everything that needs no model: lengths, offsets, and the checksum of the header.
+    """Read and check everything that needs no model: lengths, offsets, and the checksum of header and index.
 
     Raises:
         FileFormatError: The file is not one that ``save`` wrote, or is damaged.
@@ -113,91 +112,91 @@ def read_file(path: Path) -> Contents:
     if length != len(buffer) or length < LENGTH_BYTES:
         raise FileFormatError(f"the file is {length} bytes long, too short to be one that save wrote.")
     end = LENGTH_BYTES + int.from_bytes(buffer[:LENGTH_BYTES], "little")
-    if end > min(length, MAX_HEADER):
+    if end > min(length, MAX_JSON):
         raise FileFormatError(
             f"the file is truncated or was not written by save: it announces a header of {end - LENGTH_BYTES} bytes "
             f"and is {length} bytes long."
         )
-    header = _parse(bytes(buffer[LENGTH_BYTES:end]), "header")
-    structure = _open_metadata(header)
-    data = torch.frombuffer(buffer, dtype=torch.uint8)[end:]
-    payloads, stored_as = _split(header, data)
-    return Contents(structure, payloads, stored_as, end)
+    entries = _open_header(parse(bytes(buffer[LENGTH_BYTES:end]), "header"))
+    data = torch.frombuffer(buffer, dtype=torch.uint8)
+    listed, stored_as = _split(entries, data[end:])
+    index = listed.pop(INDEX).numpy()
+    del stored_as[INDEX]
+    if index.size < FRONT or index[:CHECKSUM_BYTES].tobytes() != _checksum(
+        [data[:end].numpy(), index[CHECKSUM_BYTES:]]
+    ):
+        raise FileFormatError("the header and the small tensors do not match their checksum: the file is damaged.")
+    middle = FRONT + int.from_bytes(index[CHECKSUM_BYTES:FRONT].tobytes(), "little")
+    if middle > index.size:
+        raise FileFormatError("the structure is cut short.")
+    structure = inflate(index[FRONT:middle].tobytes(), "structure")
+    return Contents(structure, listed, stored_as, torch.from_numpy(index[middle:]), length)
 
 
-def pack_json(value: Any) -> str:
-    """Return ``value`` as JSON, deflated, in base64: deep networks repeat the same words hundreds of times."""
-    return base64.b64encode(zlib.compress(_dump(value).encode(), 9)).decode()
+def entry_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of an entry of this dtype and shape."""
+    count = DTYPES[dtype].itemsize
+    for n in shape:
+        count *= n
+    return count
 
 
-def unpack_json(text: str) -> Any:
-    """Read back :func:`pack_json`; what inflates to more than a header may hold is refused before it does.
-
-    Raises:
-        FileFormatError: ``text`` is not of that form.
-    """
-    inflater = zlib.decompressobj()
-    try:
-        inflated = inflater.decompress(base64.b64decode(text, validate=True), MAX_HEADER)
-    except (ValueError, zlib.error) as error:
-        raise FileFormatError(f"the structure cannot be inflated ({error}): the file is damaged.") from error
-    if not inflater.eof or inflater.unused_data:
-        raise FileFormatError("the structure is cut short, too long, or followed by something else.")
-    return _parse(inflated, "structure")
+def is_shape(value: Any) -> bool:
+    """Whether ``value``, read from JSON, is a list of sizes, of no more entries than an address has room for."""
+    if not isinstance(value, list) or len(value) > 64:
+        return False
+    entries = 1
+    for n in value:
+        if type(n) is not int or not 0 <= n < MAX_ENTRIES:
+            return False
+        entries *= max(n, 1)
+    return entries < MAX_ENTRIES
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+def _header(entries: Mapping[str, Entry]) -> Bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}
+    end = 0
+    for key, (dtype, shape) in entries.items():
+        start, end = end, end + entry_bytes(dtype, shape)
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = dump(header)
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    return np.frombuffer(len(text).to_bytes(LENGTH_BYTES, "little") + text, np.uint8)
 
 
-def _checksum(header: Any) -> str:
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def _checksum(parts: Sequence[Bytes]) -> bytes:
+    checksum = hashlib.blake2b(digest_size=CHECKSUM_BYTES)
+    for part in parts:
+        checksum.update(part.data)
+    return checksum.digest()
 
 
-def _parse(text: bytes, what: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"the {what} is not valid JSON ({error}): not written by save, or damaged.") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return unique
-
-
-def _open_metadata(header: Any) -> Any:
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+def _open_header(header: Any) -> dict[str, Any]:
+    """Return the entries of a header of this format and version."""
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise FileFormatError(
             "the file holds no structure of this library. Plain safetensors files are read with "
             "safetensors.torch.load_file."
         )
-    checksum = metadata.pop("checksum", None)
-    if checksum != _checksum(header):
-        raise FileFormatError("the header does not match its checksum: the file is damaged.")
     if metadata.get("version") != str(VERSION):
         raise FileFormatError(
-            f"the file has format version {metadata.get('version')}, expected {VERSION}. Update lowrank_nn to read it."
+            f"the file has format version {metadata.get('version')!r}, expected '{VERSION}'. Update lowrank_nn to read "
+            "it."
         )
-    structure = metadata.get("structure")
-    if not isinstance(structure, str):
-        raise FileFormatError("the structure is missing.")
-    return unpack_json(structure)
+    if [*header][-1:] != [INDEX]:
+        raise FileFormatError(f"the entry {INDEX!r} is missing or not the last one.")
+    entries: dict[str, Any] = header
+    return entries
 
 
-def _split(header: dict[str, Any], data: Tensor) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+def _split(entries: dict[str, Any], data: Tensor) -> tuple[dict[str, Tensor], dict[str, Entry]]:
     payloads: dict[str, Tensor] = {}
     stored_as: dict[str, Entry] = {}
     end = 0
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
+    for key, entry in entries.items():
         stored_as[key] = _read_entry(key, entry)
-        start, end = end, end + _entry_bytes(*stored_as[key])
+        start, end = end, end + entry_bytes(*stored_as[key])
         if entry.get("data_offsets") != [start, end]:
             raise FileFormatError(f"{key!r} lies at {entry.get('data_offsets')}, expected {[start, end]}.")
         payloads[key] = data[start:end]
@@ -211,17 +210,5 @@ def _split(header: dict[str, Any], data: Tensor) -> tuple[dict[str, Tensor], dic
 def _read_entry(key: str, entry: Any) -> Entry:
     dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
     if not isinstance(dtype, str) or dtype not in DTYPES or shape is None or not is_shape(shape):
-        raise FileFormatError(f"{key!r} has dtype {dtype!r} and shape {shape!r}, which is no tensor's.")
+        raise FileFormatError(f"{key!r} has dtype {dtype!r} and shape {shape!r}, which is no tensor's."[:500])
     return (dtype, tuple(shape))
-
-
-def is_shape(value: Any) -> bool:
-    """Whether ``value``, read from JSON, is a list of sizes."""
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**62 for n in value)
-
-
-def _entry_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    count = DTYPES[dtype].itemsize
-    for n in shape:
-        count *= n
-    return count

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.storage._encoding import DTYPES
+from lowrank_nn.storage._open import OpenFile
 from lowrank_nn.storage._rebuild import is_inside, rebuild_layers
 from lowrank_nn.storage._structure import StoredTensor, Structure
 
 
-def find_misfits(structure: Structure, model: nn.Module) -> list[str]:
+def find_misfits(file: OpenFile, model: nn.Module) -> list[str]:
     """Return all in which the file and the model differ, a sentence each.
 
     The layers are rebuilt on a copy of the model that has shapes but no memory, whose state is then compared.
     """
+    structure = file.structure
     skeleton, failed, replaced = rebuild_layers(_skeleton(model), structure.layers, fill=False)
     problems = [f"{path!r} {problem}" for path, problem in failed.items()]
     problems += _unlisted_layers(structure, skeleton)
@@ -28,14 +30,15 @@ def find_misfits(structure: Structure, model: nn.Module) -> list[str]:
         return not any(is_inside(key, path) for path in failed)
 
     expected = {key: value for key, value in skeleton.state_dict(keep_vars=True).items() if compared(key)}
-    stored = {key: structure.tensors[first] for key, first in structure.keys().items() if compared(key)}
+    first_keys = {key: first for key, first in structure.keys().items() if compared(key)}
+    stored = {key: structure.tensors[first] for key, first in first_keys.items()}
     problems += [f"{key!r} is in the model, but missing in the file." for key in expected if key not in stored]
     problems += [f"{key!r} is in the file, but not in the model." for key in stored if key not in expected]
     for key, value in expected.items():
         if key in stored:
             rebuilt = any(is_inside(key, path) for path in replaced)
             problems += [f"{key!r} {problem}" for problem in _differences(value, stored[key], rebuilt)]
-    return problems + _broken_ties(expected, stored) + _unfillable(model)
+    return problems + _broken_ties(expected, first_keys, file) + _unfillable(model)
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
@@ -72,12 +75,12 @@ def _differences(value: Any, stored: StoredTensor, rebuilt: bool) -> list[str]:
     return problems
 
 
-def _broken_ties(expected: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> list[str]:
+def _broken_ties(expected: Mapping[str, Any], first_keys: Mapping[str, str], file: OpenFile) -> list[str]:
     first: dict[int, str] = {}
     problems = []
     for key, value in expected.items():
         earlier = first.setdefault(id(value), key)
-        if key in stored and earlier in stored and stored[key] != stored[earlier]:
+        if key in first_keys and earlier in first_keys and not file.same(first_keys[key], first_keys[earlier]):
             problems.append(f"{key!r} and {earlier!r} are one tensor in the model, but differ in the file.")
     return problems
 

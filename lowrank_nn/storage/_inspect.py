@@ -11,7 +11,7 @@ from lowrank_nn.errors import FileFormatError
 from lowrank_nn.layers import LAYERS
 from lowrank_nn.storage._container import VERSION
 from lowrank_nn.storage._encoding import DTYPES, Encoding
-from lowrank_nn.storage._open import find_damage, open_file
+from lowrank_nn.storage._open import open_file
 from lowrank_nn.storage._structure import LayerEntry, StoredTensor
 
 WIDTH = 120
@@ -47,7 +47,7 @@ class FileSummary:
     Attributes:
         path: The file.
         version: Version of the format.
-        header_bytes: Bytes before the first tensor.
+        file_bytes: Size of the file.
         layers: The compressed layers, each with path, class name, config (arguments of its constructor) and aliases
             (further paths where the model holds it).
         tensors: The tensors, in the order of the state dict.
@@ -55,7 +55,7 @@ class FileSummary:
 
     path: str
     version: int
-    header_bytes: int
+    file_bytes: int
     layers: tuple[LayerEntry, ...]
     tensors: tuple[TensorSummary, ...]
 
@@ -70,13 +70,13 @@ class FileSummary:
         return sum(tensor.full_bytes for tensor in self.tensors)
 
     @property
-    def file_bytes(self) -> int:
-        """Size of the file."""
-        return self.header_bytes + self.stored_bytes
+    def overhead(self) -> int:
+        """Bytes of the file that are no values: names, shapes, configs, checksums."""
+        return self.file_bytes - self.stored_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-able values, totals included."""
-        totals = {name: getattr(self, name) for name in ("file_bytes", "stored_bytes", "full_bytes")}
+        totals = {name: getattr(self, name) for name in ("stored_bytes", "full_bytes", "overhead")}
         return dataclasses.asdict(self) | totals
 
     def __str__(self) -> str:
@@ -87,7 +87,9 @@ class FileSummary:
         ]
         total = ("total", "", "", "", f"{self.stored_bytes:,}", f"{self.full_bytes:,}")
         lines = [
-            _shortened(f"{self.path}: format {self.version}, {self.file_bytes:,} bytes ({self.header_bytes:,} header)")
+            _shortened(
+                f"{self.path}: format {self.version}, {self.file_bytes:,} bytes, {self.overhead:,} of them no values"
+            )
         ]
         if layers:
             lines += ["", *_table([("layer", "class", "options"), *layers])]
@@ -112,31 +114,29 @@ def inspect(path: str | os.PathLike[str]) -> FileSummary:
         FileFormatError: The file is not one that ``save`` wrote, is damaged, or is of a newer format.
         OSError: The file cannot be read.
     """
-    contents, structure = open_file(path, "inspect")
-    damaged = find_damage(structure, contents)
+    file = open_file(path, "inspect")
+    damaged = file.damaged()
     if damaged:
         keys = ", ".join(map(repr, damaged[:3])) + (", ..." if len(damaged) > 3 else "")
         raise FileFormatError(f"inspect: {str(path)!r} is damaged: no match with the checksums of {keys}.")
-    sizes = {key: payload.numel() for key, payload in contents.payloads.items()}
     tied: dict[str, list[str]] = {}
-    for key, first in structure.tied.items():
+    for key, first in file.structure.tied.items():
         tied.setdefault(first, []).append(key)
     return FileSummary(
         path=str(path),
         version=VERSION,
-        header_bytes=contents.header_bytes,
-        layers=structure.layers,
+        file_bytes=file.file_bytes,
+        layers=file.structure.layers,
         tensors=tuple(
-            _tensor_summary(key, stored, sizes[key], tuple(tied.get(key, ())))
-            for key, stored in structure.tensors.items()
+            _tensor_summary(key, stored, tuple(tied.get(key, ()))) for key, stored in file.structure.tensors.items()
         ),
     )
 
 
-def _tensor_summary(key: str, stored: StoredTensor, size: int, tied: tuple[str, ...]) -> TensorSummary:
+def _tensor_summary(key: str, stored: StoredTensor, tied: tuple[str, ...]) -> TensorSummary:
     encoding = stored.encoding
     full = math.prod(encoding.shape) * DTYPES[encoding.dtype].itemsize
-    return TensorSummary(key, encoding.dtype, encoding.shape, _in_words(encoding), size, full, tied)
+    return TensorSummary(key, encoding.dtype, encoding.shape, _in_words(encoding), stored.nbytes, full, tied)
 
 
 def _in_words(encoding: Encoding) -> str:

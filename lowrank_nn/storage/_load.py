@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 from lowrank_nn.errors import FileFormatError
 from lowrank_nn.graph import release_fast_path
-from lowrank_nn.storage._container import Contents
 from lowrank_nn.storage._fit import find_misfits
-from lowrank_nn.storage._open import find_damage, open_file
+from lowrank_nn.storage._open import OpenFile, open_file
 from lowrank_nn.storage._payload import decode
 from lowrank_nn.storage._rebuild import CPU, rebuild_layers
-from lowrank_nn.storage._structure import Structure
 
 
 def load(
@@ -46,27 +44,26 @@ def load(
         FileFormatError: The file is damaged or does not fit ``fresh_model``; lists everything that is wrong.
         OSError: The file cannot be read.
     """
-    contents, structure = open_file(path, "load")
-    problems = [
-        f"{key!r} does not match its checksum: the file is damaged." for key in find_damage(structure, contents)
-    ]
-    problems += find_misfits(structure, fresh_model)
+    file = open_file(path, "load")
+    problems = [f"{key!r} does not match its checksum: the file is damaged." for key in file.damaged()]
+    problems += find_misfits(file, fresh_model)
     tensors: dict[str, Tensor] = {}
     if not problems:
-        tensors, problems = _decode_all(structure, contents)
+        tensors, problems = _decode_all(file)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise FileFormatError(
             f"load: {str(path)!r} is damaged or does not fit {type(fresh_model).__name__}. Pass the architecture that "
             f"was compressed, and a whole file:\n{listed}"
         )
-    model, _, _ = rebuild_layers(fresh_model, structure.layers, fill=True)
+    model, _, _ = rebuild_layers(fresh_model, file.structure.layers, fill=True)
     _load_state(model, tensors)
     release_fast_path(model)
     return model if device is None else model.to(device)
 
 
-def _decode_all(structure: Structure, contents: Contents) -> tuple[dict[str, Tensor], list[str]]:
+def _decode_all(file: OpenFile) -> tuple[dict[str, Tensor], list[str]]:
+    structure = file.structure
     decoded: dict[str, Tensor] = {}
     problems = []
     masks_first = sorted(structure.tensors, key=lambda key: structure.tensors[key].encoding.mask is not None)
@@ -76,7 +73,7 @@ def _decode_all(structure: Structure, contents: Contents) -> tuple[dict[str, Ten
             continue  # the mask is damaged, which is listed
         mask = None if encoding.mask is None else decoded[encoding.mask]
         try:
-            decoded[key] = decode(encoding, contents.payloads[key], mask)
+            decoded[key] = decode(encoding, file.payloads[key], mask)
         except FileFormatError as error:
             problems.append(f"{key!r} {error.message}.")
     if problems:

@@ -12,12 +12,13 @@ from lowrank_nn.errors import OptionError
 from lowrank_nn.layers import Packing
 from lowrank_nn.storage._bits import Bytes
 from lowrank_nn.storage._choose import choose_encoding
-from lowrank_nn.storage._container import digest, make_header, write_file
+from lowrank_nn.storage._container import INDEX, digest, make_file, write_file
 from lowrank_nn.storage._encoding import DTYPES, Encoding, unstorable
 from lowrank_nn.storage._payload import encode
 from lowrank_nn.storage._structure import StoredTensor, Structure, describe_layers, packings, state_tensors
 
 Coding = Literal["auto", "none"]
+LISTED_BYTES = 1 << 14  # an entry of its own takes about 100 bytes of header: one half to one per cent at most
 CODER_OF: dict[str, str | None] = {"auto": "rans", "none": None}
 
 
@@ -43,8 +44,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, coding: Coding = "au
         OptionError: ``coding`` is neither; the model cannot be written (meta tensors, parametrized modules, layers
             that are not registered, extra state), listing every reason; or the folder does not exist.
     """
-    header, payloads = _drafted(model, coding)
-    return write_file(Path(path), header, list(payloads.values()))
+    return write_file(Path(path), _drafted(model, coding))
 
 
 def packed_size(model: nn.Module, *, coding: Coding = "auto") -> int:
@@ -57,8 +57,7 @@ def packed_size(model: nn.Module, *, coding: Coding = "auto") -> int:
     Raises:
         OptionError: ``coding`` is not one of them, or the model cannot be written.
     """
-    header, payloads = _drafted(model, coding)
-    return len(header) + sum(payload.nbytes for payload in payloads.values())
+    return sum(part.nbytes for part in _drafted(model, coding))
 
 
 def stored_bytes(model: nn.Module, *, coding: Coding = "auto") -> dict[str, int]:
@@ -99,18 +98,23 @@ def tensor_bytes(
     return encode(tensor, encoding, mask).nbytes
 
 
-def _drafted(model: nn.Module, coding: Coding) -> tuple[bytes, dict[str, Bytes]]:
-    """Return the header, and the payloads in file order."""
+def _drafted(model: nn.Module, coding: Coding) -> list[Bytes]:
+    """Return the parts of the file, in order."""
     layers = describe_layers(model)
     tensors, tied = state_tensors(model)
     encoded = _encoded(model, tensors, tied, coding)
-    stored_as = {key: encoding.stored_as(payload.nbytes) for key, (encoding, payload) in encoded.items()}
+    stored, listed, gathered = {}, {}, []
+    for key, (encoding, payload) in encoded.items():
+        large = payload.nbytes >= LISTED_BYTES and key != INDEX
+        stored[key] = StoredTensor(encoding, payload.nbytes, digest(payload) if large else None)
+        if large:
+            listed[key] = (encoding.stored_as(payload.nbytes), payload)
+        else:
+            gathered.append(payload)
     # Wide items first, so that every entry starts at a multiple of its item size.
-    order = sorted(encoded, key=lambda key: (-DTYPES[stored_as[key][0]].itemsize, key))
-    payloads = {key: encoded[key][1] for key in order}
-    stored = {key: StoredTensor(encoding, digest(payload)) for key, (encoding, payload) in encoded.items()}
-    header = make_header(Structure(layers, tied, stored).to_json(), {key: stored_as[key] for key in order})
-    return header, payloads
+    order = sorted(listed, key=lambda key: (-DTYPES[listed[key][0][0]].itemsize, key))
+    structure = Structure(layers, tied, stored)
+    return make_file(structure.to_json(), {key: listed[key] for key in order}, gathered)
 
 
 def _encoded(

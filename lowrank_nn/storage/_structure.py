@@ -13,8 +13,10 @@ from torch.nn.utils import parametrize
 from lowrank_nn.errors import FileFormatError, OptionError
 from lowrank_nn.layers import LAYERS, CompressedLayer, Packing
 from lowrank_nn.storage._coders import CODERS
-from lowrank_nn.storage._container import is_shape
+from lowrank_nn.storage._container import Entry, entry_bytes, is_shape
 from lowrank_nn.storage._encoding import DTYPES, Encoding, is_integer, unstorable
+
+_FIELDS = frozenset({"dtype", "shape", "bytes", "bits", "offset", "bitmap", "mask", "gaps", "coder", "checksum"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,25 +43,31 @@ class LayerEntry:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """How one tensor is stored, and the checksum of its bytes."""
+    """How one tensor is stored.
+
+    Attributes:
+        encoding: How its bytes are to be read.
+        nbytes: How many they are.
+        checksum: Their checksum; None for one that was gathered with others, under one checksum.
+    """
 
     encoding: Encoding
-    checksum: str
+    nbytes: int
+    checksum: str | None
 
     def to_json(self) -> str | dict[str, Any]:
-        """Return the checksum alone for a tensor stored whole; else all that a reader needs."""
-        if self.encoding.whole:
+        """Return what a reader needs beside the header, which has an entry for each tensor with a checksum."""
+        encoding = self.encoding
+        if encoding.whole and self.checksum is not None:
             return self.checksum
-        entry: dict[str, Any] = {
-            "checksum": self.checksum,
-            "dtype": self.encoding.dtype,
-            "shape": list(self.encoding.shape),
-        }
-        if self.encoding.bits is not None:
-            entry["bits"], entry["offset"] = self.encoding.bits
-        if self.encoding.bitmap:
+        entry: dict[str, Any] = {"dtype": encoding.dtype, "shape": list(encoding.shape)}
+        if self.checksum is None:
+            entry["bytes"] = self.nbytes
+        if encoding.bits is not None:
+            entry["bits"], entry["offset"] = encoding.bits
+        if encoding.bitmap:
             entry["bitmap"] = True
-        named = {"mask": self.encoding.mask, "gaps": self.encoding.gaps, "coder": self.encoding.coder}
+        named = {"mask": encoding.mask, "gaps": encoding.gaps, "coder": encoding.coder, "checksum": self.checksum}
         return entry | {name: value for name, value in named.items() if value is not None}
 
 
@@ -160,12 +168,12 @@ def packings(model: nn.Module) -> dict[str, Packing]:
     return found
 
 
-def read_structure(value: Any, stored_as: Mapping[str, tuple[str, tuple[int, ...]]]) -> Structure:
+def read_structure(value: Any, stored_as: Mapping[str, Entry]) -> Structure:
     """Read back :meth:`Structure.to_json`.
 
     Args:
         value: The parsed JSON.
-        stored_as: Dtype and shape of the stored entries.
+        stored_as: Dtype and shape of the entries that the header lists.
 
     Raises:
         FileFormatError: It is not of that form, or does not fit the entries.
@@ -174,9 +182,9 @@ def read_structure(value: Any, stored_as: Mapping[str, tuple[str, tuple[int, ...
         layers = tuple(_read_layer(entry) for entry in _typed(value["layers"], list))
         tied = {_typed(k, str): _typed(v, str) for k, v in _typed(value["tied"], dict).items()}
         tensors = _typed(value["tensors"], dict)
-        if tensors.keys() != stored_as.keys() or not set(tied.values()) <= tensors.keys() or tied.keys() & tensors:
+        if not stored_as.keys() <= tensors.keys() >= set(tied.values()) or tied.keys() & tensors:
             raise ValueError("its tensors are not those that are stored")
-        read = {key: _read_tensor(entry, *stored_as[key]) for key, entry in tensors.items()}
+        read = {key: _read_tensor(entry, stored_as.get(key)) for key, entry in tensors.items()}
         for tensor in read.values():
             _check_mask(tensor.encoding, read)
     except FileFormatError:
@@ -229,14 +237,15 @@ def _check_mask(encoding: Encoding, tensors: Mapping[str, StoredTensor]) -> None
         raise ValueError(f"{encoding.mask!r} is no mask of shape {encoding.shape}")
 
 
-def _read_tensor(entry: Any, stored_dtype: str, stored_shape: tuple[int, ...]) -> StoredTensor:
+def _read_tensor(entry: Any, stored_as: Entry | None) -> StoredTensor:
     if isinstance(entry, str):
-        whole = Encoding(stored_dtype, stored_shape, 0)
-        return StoredTensor(dataclasses.replace(whole, kept=whole.numel), entry)
+        if stored_as is None:
+            raise ValueError("a tensor has a checksum and no entry")
+        return _counted(Encoding(*stored_as, 0), entry_bytes(*stored_as), entry)
     _refuse_unknown(_typed(entry, dict))
     dtype, shape, bits = _typed(entry["dtype"], str), entry["shape"], None
     if dtype not in DTYPES or not is_shape(shape):
-        raise ValueError(f"dtype {dtype!r}, shape {shape!r}")
+        raise ValueError(f"dtype {dtype!r}, shape {shape!r}"[:200])
     if "bits" in entry:
         bits = (_typed(entry["bits"], int), _typed(entry["offset"], int))
         if not 0 <= bits[0] <= 64 or not is_integer(DTYPES[dtype]):
@@ -244,18 +253,27 @@ def _read_tensor(entry: Any, stored_dtype: str, stored_shape: tuple[int, ...]) -
     bitmap = _typed(entry.get("bitmap", False), bool)
     mask, gaps, coder = (entry.get(name) for name in ("mask", "gaps", "coder"))
     encoding = Encoding(dtype, tuple(shape), 0, bits, bitmap, mask, gaps, coder)
-    if encoding.whole or bitmap + (mask is not None) + (gaps is not None) > 1 or (bits is None and coder is not None):
-        raise ValueError("a packed tensor needs bits, a bitmap, gaps or a mask")
+    if bitmap + (mask is not None) + (gaps is not None) > 1 or (bits is None and coder is not None):
+        raise ValueError("a tensor has too many encodings")
+    if stored_as is not None:
+        return _counted(encoding, entry_bytes(*stored_as), _typed(entry["checksum"], str))
+    nbytes = _typed(entry["bytes"], int)
+    if nbytes < 0:
+        raise ValueError(f"{nbytes} bytes")
+    return _counted(encoding, nbytes, None)
+
+
+def _counted(encoding: Encoding, nbytes: int, checksum: str | None) -> StoredTensor:
     # A tensor without mask, bitmap or gaps stores every entry; of the others these tell how many.
-    kept = encoding.numel if mask is None and not bitmap and gaps is None else 0
-    return StoredTensor(dataclasses.replace(encoding, kept=kept), _typed(entry["checksum"], str))
+    every = encoding.mask is None and not encoding.bitmap and encoding.gaps is None
+    return StoredTensor(dataclasses.replace(encoding, kept=encoding.numel if every else 0), nbytes, checksum)
 
 
 def _refuse_unknown(entry: dict[str, Any]) -> None:
-    unknown = sorted(entry.keys() - {"checksum", "dtype", "shape", "bits", "offset", "bitmap", "mask", "gaps", "coder"})
+    unknown = sorted(entry.keys() - _FIELDS)
     unknown += [entry[name] for name in ("gaps", "coder") if entry.get(name) not in (None, *CODERS)]
     if unknown:
         raise FileFormatError(
-            f"it stores a tensor in a way that this version does not know ({', '.join(map(repr, unknown))}). Update "
-            "lowrank_nn to read it."
+            f"it stores a tensor in a way that this version does not know ({', '.join(map(repr, unknown))[:200]}). "
+            "Update lowrank_nn to read it."
         )
