@@ -17,7 +17,7 @@ from lowrank_nn.decompose._khatri_rao import balance, khatri_rao
 _RIDGE = {torch.float32: 1e-6, torch.float64: 1e-12}
 # In the preconditioner: a share of the diagonal that stands for what the approximation of the Hessian leaves out.
 _DAMPING = 0.01
-_SCALE_FLOOR = 1e-6
+_SCALE_FLOOR = 1e-10  # variance of a dead input channel, as a share of the mean
 
 
 class CPObjective:
@@ -234,7 +234,7 @@ def _times(matrix: Tensor, covariance: Tensor) -> Tensor:
 
 
 def _channel_deviations(covariance: Tensor, modes: tuple[int, ...]) -> Tensor:
-    """Return the standard deviation of each input channel, (i,); dead channels count as nearly so."""
+    """Return the standard deviation of each input channel, (i,); positive for dead ones too."""
     diagonal = covariance if covariance.dim() == 1 else covariance.diagonal()
     variances = diagonal.reshape(modes[0], -1).mean(dim=1)
     floor = _SCALE_FLOOR * variances.mean() + torch.finfo(torch.float64).tiny

@@ -22,7 +22,7 @@ _SEGMENT = 10  # iterations between two adjustments of the penalty
 _FLOAT32_LIMIT = 1e-5
 # Multiply-accumulates that a fit may cost, unless that leaves it fewer iterations than the least; the same for tables.
 _WORK, _FEWEST = 1.5e11, 15
-_TABLE_WORK, _TABLE_FEWEST, _TABLE_MOST = 1e10, 2, 8
+_TABLE_WORK, _TABLE_FEWEST, _TABLE_MOST = 1e10, 2, 20
 
 
 @torch.no_grad()
@@ -120,14 +120,15 @@ def _minimised(objective: CPObjective, point: Tensor, iterations: int, *, epc: b
     for first in range(0, iterations, _SEGMENT):
         if epc:
             share = _PENALTY_SHARE * state.error / state.penalty if state.penalty > 0 else 0.0
-            state = objective.reweighted(state, min(_PENALTY, share))
-        steps = min(_SEGMENT, iterations - first)
-        state, alive = descend(state, objective.evaluate, curvature, steps)
-        if objective.dtype == torch.float32 and (state.error < _FLOAT32_LIMIT or not alive):
-            objective = objective.widened()
-            state = objective.evaluate(state.point)
-        elif not alive:
+            wanted = min(_PENALTY, share)
+            alive = alive or wanted < 0.9 * state.weight
+            state = objective.reweighted(state, wanted)
+        if not alive:
             break
+        state, alive = descend(state, objective.evaluate, curvature, min(_SEGMENT, iterations - first))
+        if objective.dtype == torch.float32 and (state.error < _FLOAT32_LIMIT or not alive):
+            objective, alive = objective.widened(), True
+            state = objective.evaluate(state.point)
     return state
 
 
