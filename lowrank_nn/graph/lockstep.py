@@ -22,6 +22,9 @@ MOST_THREADS = 512
 """Most threads of all runs together, counting those that their operations may use: some systems refuse thousands."""
 
 
+MOST_BATCHES = 1000
+
+
 class Stop(NamedTuple):
     """Where a run has stopped.
 
@@ -86,8 +89,13 @@ def run_in_lockstep(
         seed: Seed of the random numbers.
 
     Raises:
-        CalibrationError: A forward failed; the error it raised is chained.
+        CalibrationError: There are too many batches, or a forward failed; the error it raised is chained.
     """
+    if len(batches) > MOST_BATCHES:
+        raise CalibrationError(
+            f"calibration: {len(batches)} batches would run in {2 * len(batches)} threads, at most {MOST_BATCHES} "
+            "batches can. Pass larger batches, or fewer."
+        )
     threads, allowed = torch.get_num_threads(), max(1, MOST_THREADS // max(1, 2 * len(batches)))
     with untouched_process():
         torch.backends.mha.set_fastpath_enabled(False)  # the fused path of encoder layers bypasses their linears
