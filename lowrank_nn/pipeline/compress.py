@@ -130,7 +130,9 @@ def compress_model(
             step.execute(state, decisions)
         small = _record_result(state.model, example_inputs)
         _refuse_broken(dense, small)
-        report = make_report("result", (model, dense), (state.model, small), left=planned.left(dense))
+        report = make_report(
+            "result", (model, dense), (state.model, small), left=planned.left(dense), remarks=state.remarks
+        )
         if measure_speed or planned.latency is not None:
             report = dataclasses.replace(report, latency=_latency(model, state.model, example_inputs))
     return Result(state.model, report, _plan_report(start, planned))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank_nn.decompose import Metric
 from lowrank_nn.graph.links import Link, find_links
+from lowrank_nn.pipeline.reconstruct import reconstruct
 from lowrank_nn.pipeline.state import Decision, State, build
 from lowrank_nn.planning import collect_metrics
 
@@ -49,13 +50,15 @@ def gather(state: State, model: nn.Module, paths: Sequence[str], *, curvature: b
     return Evidence(metrics, find_links(model, state.example_inputs))
 
 
-def carry_out(state: State, decisions: Sequence[Decision], evidence: Evidence) -> None:
+def carry_out(state: State, decisions: Sequence[Decision], evidence: Evidence, *, sequential: bool) -> None:
     """Replace layers as decided, each fitted to what the data show, and correct what that does to mean outputs.
 
     Args:
         state: The model on its way; changed.
         decisions: What becomes of each layer.
         evidence: Gathered from the model as it is before.
+        sequential: Whether to fit all layers once more, in the order of execution, to what the compressed layers
+            before them make of the data.
     """
     replaced = [decision for decision in decisions if decision.layer_class is not None]
     before = copy.deepcopy(state.model) if changed_since_given(state) else state.dense
@@ -66,6 +69,25 @@ def carry_out(state: State, decisions: Sequence[Decision], evidence: Evidence) -
     paths = [decision.path for decision in replaced]
     for path in paths:
         _correct_mean(state.model, before, path, evidence)
+    if sequential:
+        notes = _reconstruct(state, before, paths, evidence)
+        for path, note in notes.items():
+            state.remark(path, f"LowRank: {note}")
+
+
+def _reconstruct(state: State, before: nn.Module, paths: Sequence[str], evidence: Evidence) -> dict[str, str]:
+    assert state.calibration is not None
+    curvature = {path: metric.curvature for path, metric in evidence.metrics.items()}
+    return reconstruct(
+        before,
+        state.model,
+        state.calibration,
+        paths,
+        links=evidence.links,
+        curvature=curvature,
+        seed=state.seed,
+        progress=state.progress,
+    )
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ class LowRank(Step):
         evidence = self._evidence(state)
         if changed_since_given(state):
             evidence = gather(state, state.model, paths, curvature=self.curvature)
-        carry_out(state, decisions, evidence)
+        carry_out(state, decisions, evidence, sequential=self.reconstruct)
 
     def _uses_data(self, state: State) -> bool:
         """Whether the calibration data play a part.

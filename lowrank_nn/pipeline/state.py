@@ -56,6 +56,7 @@ class State:
         dry: Whether this is a dry run: structure without numbers.
         clock: Estimates latencies; None where the budget asks for none.
         cache: What steps computed from the given weights and want to find again in the next dry run.
+        remarks: What the report is to say about layers: remark to paths.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class State:
     dry: bool = False
     clock: Clock | None = None
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    remarks: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def sites(self) -> tuple[Site, ...]:
         """Return the layers as they are now, with the shapes they are called with."""
@@ -102,6 +104,10 @@ class State:
     def replace(self, path: str, new: nn.Module) -> None:
         """Put ``new`` in the place of the layer at ``path``, under all its names."""
         self.model = replace_module(self.model, path, new)
+
+    def remark(self, path: str, text: str) -> None:
+        """Have the report say ``text`` of the layer at ``path``."""
+        self.remarks[text] = (*self.remarks.get(text, ()), path)
 
     def watch(self, items: Iterable[Item], title: str) -> Iterable[Item]:
         """Iterate under a progress bar; none in a dry run, on request, or when the output is not a terminal."""

@@ -155,6 +155,7 @@ def make_report(
     *,
     left: dict[str, tuple[str, ...]],
     errors: dict[str, float] | None = None,
+    remarks: dict[str, tuple[str, ...]] | None = None,
 ) -> Report:
     """Compare a model before and after compression.
 
@@ -164,6 +165,7 @@ def make_report(
         small: The compressed model (on the meta device for a plan), and what it was recorded to do.
         left: Reason to paths of the layers that were left as they were.
         errors: Predicted relative weight errors, for a plan; without them the errors are measured and the files sized.
+        remarks: What else there is to know about layers: remark to paths.
     """
     rows = []
     counted: tuple[set[Tensor], set[Tensor]] = (set(), set())
@@ -177,7 +179,7 @@ def make_report(
     before, after_all = model_cost(*dense), model_cost(*small)
     rest = after_all - sum((row.after for row in rows), Cost())
     files = _file_bytes(dense[0], small[0]) if errors is None else None
-    return Report(title, tuple(rows), rest, before, after_all, files, left)
+    return Report(title, tuple(rows), rest, before, after_all, files, left, remarks=remarks or {})
 
 
 def _file_bytes(dense: nn.Module, small: nn.Module) -> tuple[int, int] | None:
