@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from lowrank_nn.errors import OptionError, RankError
 from lowrank_nn.layers import SVDConv2d, SVDLinear, read_layer
 from tests.layers.geometries import AWKWARD, assert_costs_agree, convolutions, dense_conv, largest_difference
+from tests.layers.metrics import images, metric_of, random_metric
 
 ORDERS = ["spatial_first", "pointwise_first"]
 
@@ -83,3 +86,110 @@ def test_a_rank_that_is_no_integer_is_refused(rank):
 def test_an_unknown_order_is_refused():
     with pytest.raises(OptionError, match="order must be 'spatial_first' or 'pointwise_first', got 'depthwise'"):
         SVDConv2d.from_pretrained_layer(dense_conv(kernel_size=3), rank=1, order="depthwise")
+
+
+def error_of(compressed, layer, metric):
+    return metric.error((layer.weight - compressed.weight).detach())
+
+
+def output_error(compressed, layer, x):
+    """Squared difference of the outputs, summed over channels and averaged over all else."""
+    with torch.no_grad():
+        return float((compressed(x) - layer(x)).square().movedim(1, -1).flatten(0, -2).sum(-1).mean())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_metric_s_error_is_that_of_the_outputs_on_its_data(order, groups, bias):
+    layer = dense_conv(in_channels=8, kernel_size=3, stride=2, groups=groups, bias=bias)
+    x = images(8)
+    metric = metric_of(layer, x)
+    plain = SVDConv2d.from_pretrained_layer(layer, rank=3, order=order)
+    fitted = SVDConv2d.from_pretrained_layer(layer, rank=3, order=order, metric=metric)
+    seen = metric if bias else metric.with_mean()
+    assert output_error(fitted, layer, x) == pytest.approx(error_of(fitted, layer, seen), rel=1e-6)
+    assert output_error(fitted, layer, x) < 0.9 * output_error(plain, layer, x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_fitted_by_the_principal_components_of_its_outputs(bias):
+    layer = nn.Linear(20, 9, bias=bias, dtype=torch.float64)
+    x = torch.randn(200, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64).exp()
+    fitted = SVDLinear.from_pretrained_layer(layer, rank=4, metric=metric_of(layer, x))
+    outputs = layer(x).detach().numpy()
+    centred = outputs - outputs.mean(0) if bias else outputs
+    expected = squared_tail(centred, 4) / len(x)
+    assert output_error(fitted, layer, x) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(20, 9), (9, 20)])
+def test_the_table_of_a_linear_layer_holds_the_errors_under_the_metric(in_features, out_features):
+    layer = nn.Linear(in_features, out_features, dtype=torch.float64)
+    metric = random_metric(layer)
+    ranks, errors, estimated = SVDLinear.rank_problem(read_layer(layer, SVDLinear)).table(metric)
+    assert ranks[:, 0].tolist() == list(range(1, 10))
+    assert not estimated
+    for (rank,), error in zip(ranks.tolist(), errors.tolist(), strict=True):
+        fitted = SVDLinear.from_pretrained_layer(layer, rank=rank, metric=metric)
+        assert error == pytest.approx(error_of(fitted, layer, metric), rel=1e-4, abs=1e-8 * metric.error(layer.weight))
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("order", "slack"), [("spatial_first", 1e-5), ("pointwise_first", 0.4)])
+def test_the_table_of_a_convolution_holds_the_errors_under_the_metric(order, slack, groups, diagonal):
+    layer = dense_conv(in_channels=8, kernel_size=3, groups=groups)
+    metric = dataclasses.replace(metric_of(layer, images(8)), curvature=random_metric(layer).curvature)
+    if diagonal:
+        metric = dataclasses.replace(metric, covariance=metric.covariance.diagonal(dim1=1, dim2=2))
+    ranks, errors, _ = SVDConv2d.rank_problem(read_layer(layer, SVDConv2d), order=order).table(metric)
+    assert ranks[:, 0].tolist() == list(range(1, 8 // groups + 1))
+    for (rank,), error in list(zip(ranks.tolist(), errors.tolist(), strict=True))[:-1]:
+        fitted = SVDConv2d.from_pretrained_layer(layer, rank=rank, order=order, metric=metric)
+        attained = error_of(fitted, layer, metric)
+        assert attained * (1 - 1e-5) <= error <= attained * (1 + slack)
+    assert errors[-1] <= 1e-12 * errors[0]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+def test_narrow_layers_are_fitted_as_well_as_their_dtype_allows(order, dtype, slack):
+    wide = dense_conv(in_channels=8, kernel_size=3)
+    narrow = dense_conv(dtype, in_channels=8, kernel_size=3)
+    metric = metric_of(wide, images(8))
+    expected = error_of(SVDConv2d.from_pretrained_layer(wide, rank=3, order=order, metric=metric), wide, metric)
+    fitted = SVDConv2d.from_pretrained_layer(narrow, rank=3, order=order, metric=metric)
+    assert fitted.weight.dtype == dtype
+    assert error_of(fitted.double(), wide, metric) == pytest.approx(expected, rel=slack)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_factors_under_a_metric_are_balanced(order):
+    layer = dense_conv(in_channels=8, kernel_size=3)
+    fitted = SVDConv2d.from_pretrained_layer(layer, rank=3, order=order, metric=random_metric(layer))
+    first, second = fitted.reduce.weight.flatten(1), fitted.expand.weight.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(first @ first.T, second @ second.T)
+    assert bool(first.norm(dim=1).diff().le(0).all())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_refitting_follows_weight_and_metric(order):
+    layer = dense_conv(in_channels=8, kernel_size=3)
+    compressed = SVDConv2d.from_pretrained_layer(layer, rank=3, order=order, metric=random_metric(layer))
+    with torch.no_grad():
+        layer.weight.add_(layer.weight.roll(1, 0), alpha=0.3)
+    metric = random_metric(layer, 1)
+    anew = SVDConv2d.from_pretrained_layer(layer, rank=3, order=order, metric=metric)
+    before = error_of(compressed, layer, metric)
+    compressed.refit_(layer.weight.detach(), metric)
+    assert error_of(compressed, layer, metric) < 0.9 * before
+    assert error_of(compressed, layer, metric) == pytest.approx(error_of(anew, layer, metric), rel=0.05)
+
+
+def test_a_meta_layer_takes_a_metric():
+    layer = dense_conv(in_channels=8, kernel_size=3)
+    for order in ORDERS:
+        new = SVDConv2d(8, 8, 3, rank=3, order=order, device="meta")
+        new.approximate_(layer.weight.to("meta"), random_metric(layer))
+        assert new.weight.is_meta

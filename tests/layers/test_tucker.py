@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from tensorly.decomposition import partial_tucker
 from lowrank_nn.errors import RankError
 from lowrank_nn.layers import RankRule, TuckerConv2d, read_layer
 from tests.layers.geometries import AWKWARD, assert_costs_agree, convolutions, dense_conv, largest_difference
+from tests.layers.metrics import images, metric_of, random_metric
 
 
 def decaying_conv(dtype=torch.float64, **arguments):
@@ -249,3 +251,106 @@ def test_a_layer_that_tucker_cannot_shrink_has_the_lossless_pair_alone():
     ranks, errors, _ = problem_of(dense_conv(out_channels=4, kernel_size=3, groups=4)).table()
     assert ranks.tolist() == [[1, 1]]
     assert errors.tolist() == [0.0]
+
+
+PAIRS = [(3, 2), (None, 2), (3, None)]
+
+
+def error_of(compressed, layer, metric):
+    return metric.error((layer.weight - compressed.weight).detach())
+
+
+def output_error(compressed, layer, x):
+    """Squared difference of the outputs, summed over channels and averaged over all else."""
+    with torch.no_grad():
+        return float((compressed(x) - layer(x)).square().movedim(1, -1).flatten(0, -2).sum(-1).mean())
+
+
+@pytest.mark.parametrize("rank", PAIRS)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_metric_s_error_is_that_of_the_outputs_on_its_data(rank, groups, bias):
+    layer = decaying_conv(in_channels=8, kernel_size=3, stride=2, groups=groups, bias=bias)
+    x = images(8)
+    metric = metric_of(layer, x)
+    plain = TuckerConv2d.from_pretrained_layer(layer, rank=rank)
+    fitted = TuckerConv2d.from_pretrained_layer(layer, rank=rank, metric=metric)
+    seen = metric if bias else metric.with_mean()
+    assert output_error(fitted, layer, x) == pytest.approx(error_of(fitted, layer, seen), rel=1e-6)
+    assert output_error(fitted, layer, x) < 0.9 * output_error(plain, layer, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rank", [(5, 7), (None, 7), (5, None)])
+def test_outer_factors_are_orthonormal_under_a_metric_too(rank, dtype):
+    layer = decaying_conv(dtype, in_channels=12, kernel_size=3)
+    compressed = TuckerConv2d.from_pretrained_layer(layer, rank=rank, metric=random_metric(layer))
+    if rank[0] is not None:
+        expand = compressed.expand.weight.flatten(1)
+        torch.testing.assert_close(expand.T @ expand, torch.eye(5, dtype=dtype))
+    if rank[1] is not None:
+        reduce = compressed.reduce.weight.flatten(1)
+        torch.testing.assert_close(reduce @ reduce.T, torch.eye(7, dtype=dtype))
+
+
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
+def test_narrow_layers_are_fitted_as_well_as_their_dtype_allows(dtype, slack):
+    wide, narrow = (decaying_conv(kind, in_channels=8, kernel_size=3) for kind in (torch.float64, dtype))
+    metric = metric_of(wide, images(8))
+    expected = error_of(TuckerConv2d.from_pretrained_layer(wide, rank=(4, 3), metric=metric), wide, metric)
+    fitted = TuckerConv2d.from_pretrained_layer(narrow, rank=(4, 3), metric=metric)
+    assert fitted.weight.dtype == dtype
+    assert error_of(fitted.double(), wide, metric) == pytest.approx(expected, rel=slack)
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_table_under_a_metric_is_a_little_above_the_fits(groups, diagonal):
+    layer = decaying_conv(in_channels=12, out_channels=16, kernel_size=3, groups=groups)
+    metric = dataclasses.replace(metric_of(layer, images(12)), curvature=random_metric(layer).curvature)
+    if diagonal:
+        metric = dataclasses.replace(metric, covariance=metric.covariance.diagonal(dim1=1, dim2=2))
+    problem = problem_of(layer)
+    ranks, errors, estimated = problem.table(metric)
+    assert not estimated
+    assert tuple(ranks[-1]) == problem.limits
+    assert errors[-1] <= 1e-10 * errors[0]
+    for pair, error in list(zip(ranks.tolist(), errors.tolist(), strict=True))[:-1:6]:
+        rank = TuckerConv2d.rank_argument(tuple(pair), problem.limits)
+        attained = error_of(TuckerConv2d.from_pretrained_layer(layer, rank=rank, metric=metric), layer, metric)
+        assert attained * (1 - 1e-5) <= error <= 1.4 * attained
+
+
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(2, 40), (40, 2)])
+def test_the_table_under_a_metric_knows_that_modes_bound_each_other(in_channels, out_channels):
+    layer = decaying_conv(in_channels=in_channels, out_channels=out_channels, kernel_size=(3, 2))
+    metric = random_metric(layer)
+    problem = problem_of(layer)
+    ranks, errors, _ = problem.table(metric)
+    assert errors[(ranks == problem.limits).all(axis=1)] == pytest.approx([0], abs=1e-6 * metric.error(layer.weight))
+    for pair, error in list(zip(ranks.tolist(), errors.tolist(), strict=True))[::4]:
+        rank = TuckerConv2d.rank_argument(tuple(pair), problem.limits)
+        attained = error_of(TuckerConv2d.from_pretrained_layer(layer, rank=rank, metric=metric), layer, metric)
+        assert attained <= error * (1 + 1e-5) + 1e-6 * metric.error(layer.weight)
+
+
+@pytest.mark.parametrize("rank", PAIRS)
+def test_refitting_follows_weight_and_metric(rank):
+    layer = decaying_conv(in_channels=8, kernel_size=3)
+    compressed = TuckerConv2d.from_pretrained_layer(layer, rank=rank, metric=random_metric(layer))
+    with torch.no_grad():
+        layer.weight.add_(layer.weight.roll(1, 0), alpha=0.3)
+    metric = random_metric(layer, 1)
+    anew = TuckerConv2d.from_pretrained_layer(layer, rank=rank, metric=metric)
+    before = error_of(compressed, layer, metric)
+    compressed.refit_(layer.weight.detach(), metric)
+    assert error_of(compressed, layer, metric) < 0.9 * before
+    assert error_of(compressed, layer, metric) == pytest.approx(error_of(anew, layer, metric), rel=0.05)
+
+
+@pytest.mark.parametrize("rank", PAIRS)
+def test_a_meta_layer_takes_a_metric(rank):
+    layer = dense_conv(in_channels=8, kernel_size=3)
+    new = TuckerConv2d(8, 8, 3, rank=rank, device="meta")
+    new.approximate_(layer.weight.to("meta"), random_metric(layer))
+    assert new.weight.is_meta
