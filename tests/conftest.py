@@ -39,6 +39,12 @@ def _settings():
 
 
 @pytest.fixture(autouse=True)
+def _no_timings_on_disk(monkeypatch):
+    """No test reads or leaves timings in the user's cache folder."""
+    monkeypatch.setenv("LOWRANK_NN_CACHE", "off")
+
+
+@pytest.fixture(autouse=True)
 def _torch_settings_stay():
     """No test, and nothing it calls, leaves a setting of torch changed."""
     before = _settings()
