@@ -65,6 +65,8 @@ def weighted_tucker2(
     searched = None if r_out == outputs else r_out
     if r_in is None or r_in == inputs:
         core, out_factor, in_factor = _whole_input(weight, metric, searched)
+    elif searched is None and r_in == outputs * weight[0, 0].numel():
+        core, out_factor, in_factor = _all_inputs_read(weight, metric)
     else:
         core, out_factor, in_factor = _search(weight, metric, searched, r_in, start, iterations, tolerance)
     if r_out == outputs:
@@ -148,6 +150,16 @@ def _whole_input(weight: Tensor, metric: Metric, r_out: int | None) -> tuple[Ten
     signs = column_signs(Q)[..., None, :]
     core = (signs.mT * R) @ right
     return core.view(metric.groups, -1, weight.shape[1], taps), Q * signs, None
+
+
+def _all_inputs_read(weight: Tensor, metric: Metric) -> tuple[Tensor, None, Tensor]:
+    """Return core (groups, o, b, taps) and input factor that lose nothing: a basis of what the kernel reads."""
+    groups, taps = metric.groups, weight[0, 0].numel()
+    kernels = metric.unfold(weight).reshape(groups, -1, weight.shape[1], taps)
+    V, R = torch.linalg.qr(kernels.transpose(1, 2).flatten(2))
+    signs = column_signs(V)
+    core = (signs[..., None] * R).reshape(groups, R.shape[1], -1, taps).transpose(1, 2)
+    return core, None, V * signs[:, None]
 
 
 def _search(

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lowrank_nn.decompose import Metric, truncated_svd
-from lowrank_nn.decompose.weighted import balanced
-from lowrank_nn.decompose.weighted_tucker import weighted_tucker1_errors, weighted_tucker2
+from lowrank_nn.decompose import Metric, balanced, truncated_svd, weighted_tucker1_errors, weighted_tucker2
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._matrix import MatrixProblem
@@ -123,17 +121,13 @@ class SpatialSVDConv2d(LowRankLayer, CompressedConv2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
-        self.rank: int = check_rank(type(self).__name__, rank, self._largest_rank)
+        out, inn, height, width = self.weight_shape
+        self.rank: int = check_rank(type(self).__name__, rank, min(inn * height, out // groups * width))
         between = groups * self.rank
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.vertical = self.make_spatial(in_channels, between, columns=False, bias=False, **factory)
         self.horizontal = self.make_spatial(between, out_channels, rows=False, bias=bias, **factory)
         self.reset_parameters()
-
-    @property
-    def _largest_rank(self) -> int:
-        out, inn, height, width = self.weight_shape
-        return min(inn * height, out // self.groups * width)
 
     @classmethod
     def from_pretrained_layer(cls, layer: nn.Module, *, rank: int | RankRule, metric: Metric | None = None) -> Self:
@@ -179,15 +173,10 @@ class SpatialSVDConv2d(LowRankLayer, CompressedConv2d):
             weight: Tensor of the replaced layer's weight shape.
             metric: What is to be small of the difference.
         """
-        if self.rank == self._largest_rank:  # nothing is lost, whatever the metric
-            self.approximate_(weight)
-            return
-        if weight.is_meta:
-            return
         start = self.vertical.weight.reshape(self.groups, self.rank, -1).mT
-        fit = weighted_tucker2(_merge_rows(weight), metric, (None, self.rank), start=start)
-        assert fit.in_factor is not None
-        self._set(*balanced(fit.in_factor, fit.core.transpose(1, 2).flatten(2)))
+        core, _, in_factor = weighted_tucker2(_merge_rows(weight), metric, (None, self.rank), start=start)
+        assert in_factor is not None
+        self._set(*balanced(in_factor, core.transpose(1, 2).flatten(2)))
 
     def _set(self, left: Tensor, right: Tensor) -> None:
         """Take over factors ``(groups, I/g kh, rank)`` and ``(groups, rank, O/g kw)`` of the matrices."""
