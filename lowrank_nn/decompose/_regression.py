@@ -61,8 +61,7 @@ class Regression:
 
     def products(self, factor: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return P^T C P and W C P, shapes (groups, n, m b, m b) and (groups, n, o, m b)."""
-        Z = _contract(image, factor)
-        return (Z + Z.mT) / 2, _contract(self.moments, factor)
+        return _contract(image, factor), _contract(self.moments, factor)
 
 
 class Point:
@@ -127,7 +126,7 @@ class Point:
         between = torch.einsum("gnmbsc,gnms->gbc", gram, self._regression.positions)
         diagonal = between.diagonal(dim1=1, dim2=2)
         diagonal += ridge(diagonal)
-        factor: Tensor = torch.linalg.cholesky((between + between.mT) / 2)
+        factor: Tensor = torch.linalg.cholesky(between)
         return factor
 
 
