@@ -1,3 +1,4 @@
+import copy
 import json
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from lowrank_nn.decompose import cp_sensitivity
 from lowrank_nn.errors import OptionError, RankError
 from lowrank_nn.layers import VBMF, CPConv2d, Energy, Params, SpeedUp, TuckerConv2d, read_layer
 from tests.layers.geometries import AWKWARD, assert_costs_agree, convolutions, dense_conv, largest_difference
+from tests.layers.metrics import images, metric_of, random_metric
 
 FACTORS = [3, 4]
 
@@ -210,3 +212,108 @@ def test_a_tucker_layer_is_no_source():
     tucker = TuckerConv2d.from_pretrained_layer(dense_conv(kernel_size=3), rank=(2, 2))
     with pytest.raises(TypeError, match="CPConv2d: the layer is a TuckerConv2d already"):
         CPConv2d.from_pretrained_layer(tucker, rank=2)
+
+
+def seen_metric(layer):
+    """The metric of images that a convolution without padding sees."""
+    return metric_of(layer, images(layer.in_channels))
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_fit_under_a_metric_beats_the_fit_without(factors, groups, diagonal):
+    layer = dense_conv(in_channels=8, kernel_size=3, groups=groups)
+    metric = random_metric(layer, diagonal=diagonal)
+    for rank in (2, 6):
+        fits = [
+            CPConv2d.from_pretrained_layer(layer, rank=rank, factors=factors, epc=epc, metric=given)
+            for given, epc in ((None, False), (None, True), (metric, True), (metric, False))
+        ]
+        errors = [metric.error(layer.weight - fit.weight) for fit in fits]
+        assert max(errors[2:]) < min(errors[:2])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_outputs_err_as_the_metric_says_and_less_than_without_it(bias):
+    layer = dense_conv(in_channels=8, kernel_size=3, bias=bias)
+    x = images(8)
+    metric = metric_of(layer, x)
+    fits = [CPConv2d.from_pretrained_layer(layer, rank=8, metric=given) for given in (metric, None)]
+    measured = [float((fit(x) - layer(x)).square().mean((0, 2, 3)).sum().detach()) for fit in fits]
+    seen = metric if bias else metric.with_mean()
+    assert measured[0] == pytest.approx(seen.error(layer.weight - fits[0].weight), rel=1e-6)
+    assert measured[0] < 0.8 * measured[1]
+
+
+@pytest.mark.parametrize("rank", [4, 12])
+def test_correction_under_a_metric_lowers_the_sensitivity_at_about_the_same_error(rank):
+    layer = dense_conv(in_channels=8, kernel_size=3)
+    metric = seen_metric(layer)
+    plain, corrected = (
+        CPConv2d.from_pretrained_layer(layer, rank=rank, epc=epc, metric=metric) for epc in (False, True)
+    )
+    assert cp_sensitivity(factor_matrices(corrected)) < 0.7 * cp_sensitivity(factor_matrices(plain))
+    assert metric.error(layer.weight - corrected.weight) < 1.05 * metric.error(layer.weight - plain.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factors", FACTORS)
+def test_refit_to_another_weight_and_metric(factors, dtype):
+    layer = dense_conv(dtype, in_channels=8, kernel_size=3, groups=2)
+    compressed = CPConv2d.from_pretrained_layer(layer, rank=5, factors=factors, metric=random_metric(layer))
+    generator = torch.Generator().manual_seed(1)
+    target = layer.weight.detach() + 0.3 * torch.randn(layer.weight.shape, generator=generator).to(dtype)
+    metric = random_metric(layer, seed=1)
+    bias = compressed.bias.detach().clone()
+    errors = [error_in_double(compressed, target, metric)]
+    for _ in range(3):
+        compressed.refit_(target, metric)
+        errors.append(error_in_double(compressed, target, metric))
+    assert errors[1] < 0.9 * errors[0]
+    assert all(after <= before for before, after in pairwise(errors))
+    assert torch.equal(compressed.bias, bias)
+    assert compressed.expand.weight.dtype == dtype
+
+
+def error_in_double(layer, target, metric):
+    wide = copy.deepcopy(layer).double()
+    return metric.error(target.double() - wide.weight)
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_table_under_a_metric_brackets_the_full_fit(factors, groups):
+    layer = dense_conv(in_channels=16, out_channels=16, kernel_size=3, groups=groups)
+    metric = seen_metric(layer)
+    problem = problem_of(layer, factors)
+    ranks, errors, estimated = problem.table(metric)
+    assert 5 <= len(ranks) <= 10
+    assert not estimated
+    assert (problem.params(*ranks.T) < layer.weight.numel()).all()
+    assert all(after < before for before, after in pairwise(errors))
+    for rank, error in list(zip(ranks[:, 0].tolist(), errors.tolist(), strict=True))[::3]:
+        full = CPConv2d.from_pretrained_layer(layer, rank=rank, factors=factors, metric=metric)
+        assert metric.error(layer.weight - full.weight) <= error * 1.01 < metric.error(layer.weight)
+
+
+def test_a_kernel_of_few_terms_is_found_under_a_metric():
+    layer = dense_conv(in_channels=8, out_channels=10, kernel_size=3)
+    generator = torch.Generator().manual_seed(3)
+    terms = [torch.randn(size, 3, generator=generator, dtype=torch.float64) for size in (10, 8, 9)]
+    with torch.no_grad():
+        layer.weight.copy_(torch.einsum("or,ir,kr->oik", *terms).view(10, 8, 3, 3))
+    metric = seen_metric(layer)
+    compressed = CPConv2d.from_pretrained_layer(layer, rank=3, metric=metric)
+    assert metric.error(layer.weight - compressed.weight) < 1e-6 * metric.error(layer.weight)
+
+
+def test_dead_input_channels_are_harmless():
+    layer = dense_conv(torch.float32, in_channels=8, kernel_size=3)
+    x = images(8).float()
+    x[:, 3] = 0
+    compressed = CPConv2d.from_pretrained_layer(layer, rank=12, metric=metric_of(layer, x))
+    assert all(parameter.isfinite().all() for parameter in compressed.parameters())
+    without = CPConv2d.from_pretrained_layer(layer, rank=12)
+    errors = [float((fit(x) - layer(x)).square().mean().detach()) for fit in (compressed, without)]
+    assert errors[0] < 0.8 * errors[1]
