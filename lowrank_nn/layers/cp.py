@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -64,23 +65,32 @@ class _CPProblem(RankProblem):
         return Positions(1, *self.stride, 1, 1)
 
     def table(self, metric: Metric | None = None) -> RankTable:
-        """Return up to eight ranks between 4 % and 80 % of the dense parameters, with the errors of short fits.
+        """Return the ranks between 4 % and 80 % of the dense parameters, with the errors of short fits.
 
-        The error of a full fit is lower; there are no ranks where a single term costs more than the dense layer.
+        Up to eight ranks are fitted; between them errors are interpolated, as falling geometrically with the rank. The
+        error of a full fit is lower; there are no ranks where a single term costs more than the dense layer.
         """
         break_even = self.tensors.numel() / int(self.params(1))
         wanted = np.clip(_TABLE_SHARES * break_even, 1, self.limits[0])
         ranks = np.unique(wanted.astype(np.int64) // self.multiple * self.multiple)
         ranks = ranks[(ranks > 0) & (ranks < break_even)]
         if metric is not None:
-            return RankTable(
-                ranks[:, None], np.array(weighted_cp_errors(self.tensors.flatten(0, 1), metric, ranks.tolist()))
-            )
+            errors = np.array(weighted_cp_errors(self.tensors.flatten(0, 1), metric, ranks.tolist()))
+            return _filled_in(ranks, errors, self.multiple)
         errors = np.zeros(len(ranks))
         for tensor in self.tensors if len(ranks) else ():
             start = cp_als(tensor, int(ranks[-1]), sweeps=0)
             errors += [_short_fit_error(tensor, [factor[:, :rank] for factor in start]) for rank in ranks]
+        return _filled_in(ranks, errors, self.multiple)
+
+
+def _filled_in(ranks: IntArray, errors: NDArray[np.float64], multiple: int) -> RankTable:
+    """Return all multiples between the ranks, their errors interpolated on a logarithmic scale."""
+    if not len(ranks):
         return RankTable(ranks[:, None], errors)
+    every = np.arange(ranks[0], ranks[-1] + 1, multiple)
+    falling = np.log(np.maximum(np.minimum.accumulate(errors), np.finfo(np.float64).tiny))
+    return RankTable(every[:, None], np.exp(np.interp(every, ranks, falling)))
 
 
 def _short_fit_error(tensor: Tensor, start: list[Tensor]) -> float:
