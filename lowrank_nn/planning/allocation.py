@@ -1,134 +1,122 @@
 """Choosing one candidate per layer under a global budget: a multiple-choice knapsack.
 
-For prices w on the budget's entries and a multiplier t, each layer takes the candidate that minimises
-error + t * (w . cost) on its own; the smallest t that fits the budget gives the best choice on the convex hull of all
-layers (Everett 1963). With several budget entries the prices are searched on a grid. What the hull leaves unspent
-goes, greedily, to the upgrade with the largest fall of error per cost that still fits.
+With a price on each entry of the budget, every layer takes the candidate that minimises error + prices . cost on its
+own (Everett 1963). The prices that maximise the Lagrangian dual are found one entry at a time, in turn: each is the
+smallest with which its entry fits. With one entry that is the best choice on the convex hull of all layers. What the
+hull leaves unspent goes, greedily, to the upgrade with the largest fall of error per cost that still fits.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from lowrank_nn.planning.choices import ROUNDING, Choices, ChoiceTable, Chosen, Floats, least
 
-_BISECTIONS = 60
-_PRICE_STEPS = (8, 48)  # the fine grid only where nothing on the coarse one fits
-
-
-class Choices(NamedTuple):
-    """The candidates of one layer.
-
-    Attributes:
-        errors: What each candidate loses, shape ``(n,)``, on a scale that is comparable between layers.
-        costs: What each costs in each entry of the budget, shape ``(n, entries)``.
-    """
-
-    errors: Floats
-    costs: Floats
+_ROUNDS = 6
+_FINISHED = 3  # choices that are worth spending the leftovers of
+_REPAIRED = 2  # choices just beyond the budget that are worth bringing back
 
 
 def allocate(layers: Sequence[Choices], allowed: Floats) -> list[int] | None:
     """Choose one candidate per layer with a small sum of errors and a sum of costs within ``allowed``.
 
     Args:
-        layers: The candidates of each layer, at least one each.
+        layers: The candidates of each layer, at least one each. Errors may be of any size: only ratios of differences
+            count.
         allowed: What all layers together may cost, shape ``(entries,)``.
 
     Returns:
-        The index of the chosen candidate of each layer, or None if no choice is found that fits: with one entry
-        there is none; with several there may be one between the prices of the grid.
+        The index of the chosen candidate of each layer, or None if no choice fits. (With several entries the search
+        for one is cut off; it has been seen to fail only on problems made for that.)
+
+    References:
+        Everett 1963, "Generalized Lagrange Multiplier Method for Solving Problems of Optimum Allocation of Resources".
     """
     if not layers:
         return [] if bool((allowed >= 0).all()) else None
-    for steps in _PRICE_STEPS:
-        best = _best_over_prices(layers, allowed, steps)
-        if best is not None:
-            return best
-    return None
-
-
-def _best_over_prices(layers: Sequence[Choices], allowed: Floats, steps: int) -> list[int] | None:
-    """Return the best choice that fits over a grid of prices; None if there is none."""
-    best: list[int] | None = None
-    for prices in _prices(len(allowed), steps):
-        chosen = _cheapest_multiplier(layers, allowed, prices)
-        if chosen is None:
-            continue
-        chosen = _spend_leftovers(layers, allowed, chosen)
-        if best is None or _error(layers, chosen) < _error(layers, best):
-            best = chosen
-    return best
-
-
-def _prices(entries: int, steps: int) -> Iterator[Floats]:
-    """Yield price vectors that sum to one, on a regular grid."""
-    for parts in itertools.product(range(steps + 1), repeat=entries - 1):
-        if sum(parts) <= steps:
-            yield np.array([*parts, steps - sum(parts)]) / steps
-
-
-def _cheapest_multiplier(layers: Sequence[Choices], allowed: Floats, prices: Floats) -> list[int] | None:
-    """Bisect, on a log scale, the smallest multiplier whose choice fits the budget."""
-    scale = np.where(allowed > 0, allowed, 1.0)
-    priced = [choices.costs / scale @ prices for choices in layers]
-
-    def choose(multiplier: float) -> list[int]:
-        # Ties go to the cheaper candidate: errors of exactly zero are common (full rank, dense).
-        return [
-            int(np.lexsort((cost, choices.errors + multiplier * cost))[0])
-            for choices, cost in zip(layers, priced, strict=True)
-        ]
-
-    low, high = 1e-12, 1e12
-    if not _fits(layers, choose(high), allowed):
+    table = ChoiceTable.of(layers, allowed)
+    if table.hopeless():
         return None
-    if _fits(layers, choose(low), allowed):
-        return choose(low)
-    for _ in range(_BISECTIONS):
-        middle = float(np.sqrt(low * high))
-        low, high = (low, middle) if _fits(layers, choose(middle), allowed) else (middle, high)
-    return choose(high)
+    tried = list({tuple(chosen): chosen for chosen in _priced(table)}.values())
+    fitting = sorted((chosen for chosen in tried if table.fits(chosen)), key=table.error)[:_FINISHED]
+    beyond = sorted((chosen for chosen in tried if not table.fits(chosen)), key=table.excess)[:_REPAIRED]
+    fitting += [repaired for chosen in beyond if (repaired := repair(table, chosen)) is not None]
+    if not fitting and (found := table.any_fit()) is not None:
+        fitting = [found]
+    best = min((_spend_leftovers(table, chosen) for chosen in fitting), key=table.error, default=None)
+    return None if best is None else table.indices(best)
 
 
-def _spend_leftovers(layers: Sequence[Choices], allowed: Floats, chosen: list[int]) -> list[int]:
-    """Upgrade single layers, the best bargain first, while the budget lasts."""
-    chosen = list(chosen)
-    scale = np.where(allowed > 0, allowed, 1.0)
+def repair(table: ChoiceTable, chosen: Chosen) -> Chosen | None:
+    """Change one layer after the other, at the least error per saving, until the choice fits; None if it never does."""
+    chosen = chosen.copy()
+    spent = table.spent(chosen)
+    while (excess := table.overspent(spent)) > 0:
+        changed = spent + table.costs - table.at(table.costs, chosen)[:, None]
+        saved = excess - table.overspent(changed)
+        lost = table.errors - table.at(table.errors, chosen)[:, None]
+        worth = np.where((saved > ROUNDING) & np.isfinite(lost), saved / np.maximum(lost, 1e-300), 0.0)
+        layer, candidate = np.unravel_index(worth.argmax(), worth.shape)
+        if worth[layer, candidate] <= 0:
+            return None
+        chosen[layer] = candidate
+        spent = table.spent(chosen)
+    return chosen
+
+
+def _priced(table: ChoiceTable) -> list[Chosen]:
+    """Return the choices met while every entry in turn gets the smallest price with which it fits."""
+    prices = np.zeros(len(table.limit))
+    met = []
+    for _ in range(_ROUNDS):
+        before = prices.copy()
+        for entry in range(len(prices)):
+            prices[entry], chosen = _smallest_price(table, prices, entry)
+            met.append(chosen)
+        if np.allclose(prices, before, rtol=1e-9, atol=0) or len(prices) == 1:
+            break
+    return met
+
+
+def _smallest_price(table: ChoiceTable, prices: Floats, entry: int) -> tuple[float, Chosen]:
+    """Return the smallest price of one entry with which it fits, the others' given, and the choice that fits.
+
+    The choices at all prices are the corners of a convex curve, cost against everything else. From one corner that
+    costs too much and one that fits, the price at which both are equally good leads to a corner between them, or
+    shows that there is none. So the search has no scale of its own.
+    """
+    cost = table.costs[:, :, entry]
+    others = np.where(np.arange(len(prices)) == entry, 0.0, prices)
+    value = table.errors + table.costs @ others
+    dear, cheap = least(value, table.totals), least(cost, value)
+
+    def spent(chosen: Chosen) -> float:
+        return float(table.at(cost, chosen).sum())
+
+    limit = float(table.limit[entry]) + ROUNDING
+    if spent(dear) <= limit:
+        return 0.0, dear
     while True:
-        left = allowed - _cost(layers, chosen)
-        bargains = [_best_upgrade(choices, now, left, scale) for choices, now in zip(layers, chosen, strict=True)]
-        layer = max(range(len(layers)), key=lambda index: bargains[index][0])
-        worth, candidate = bargains[layer]
-        if worth <= 0:
+        # Differences layer by layer: layers that agree cancel exactly, however large their errors are.
+        worse = (table.at(value, cheap) - table.at(value, dear)).sum()
+        price = float(worse / (table.at(cost, dear) - table.at(cost, cheap)).sum())
+        between = least(value + price * cost, table.totals)
+        if not spent(cheap) < spent(between) < spent(dear):
+            return price, cheap
+        dear, cheap = (dear, between) if spent(between) <= limit else (between, cheap)
+
+
+def _spend_leftovers(table: ChoiceTable, chosen: Chosen) -> Chosen:
+    """Upgrade single layers, the best bargain first, while the budget lasts."""
+    chosen = chosen.copy()
+    while True:
+        gain = table.at(table.errors, chosen)[:, None] - table.errors
+        extra = table.costs - table.at(table.costs, chosen)[:, None]
+        possible = (gain > 0) & (extra <= table.limit + ROUNDING - table.spent(chosen)).all(axis=2)
+        worth = np.where(possible, gain / np.maximum(extra.sum(axis=2), 1e-12), 0.0)
+        layer, candidate = np.unravel_index(worth.argmax(), worth.shape)
+        if worth[layer, candidate] <= 0:
             return chosen
         chosen[layer] = candidate
-
-
-def _best_upgrade(choices: Choices, now: int, left: Floats, scale: Floats) -> tuple[float, int]:
-    """Return (fall of error per cost, candidate) of the best upgrade that fits; worth 0 if there is none."""
-    gain = choices.errors[now] - choices.errors
-    extra = choices.costs - choices.costs[now]
-    possible = (gain > 0) & (extra <= left).all(axis=1)
-    if not possible.any():
-        return 0.0, now
-    worth = np.where(possible, gain / np.maximum((extra / scale).sum(axis=1), 1e-12), 0.0)
-    return float(worth.max()), int(worth.argmax())
-
-
-def _cost(layers: Sequence[Choices], chosen: Sequence[int]) -> Floats:
-    total: Floats = np.sum([choices.costs[i] for choices, i in zip(layers, chosen, strict=True)], axis=0)
-    return total
-
-
-def _error(layers: Sequence[Choices], chosen: Sequence[int]) -> float:
-    return float(sum(choices.errors[i] for choices, i in zip(layers, chosen, strict=True)))
-
-
-def _fits(layers: Sequence[Choices], chosen: Sequence[int], allowed: Floats) -> bool:
-    return bool((_cost(layers, chosen) <= allowed * (1 + 1e-12)).all())

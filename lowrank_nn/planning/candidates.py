@@ -17,8 +17,8 @@ from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Site
 from lowrank_nn.layers import LowRankLayer, Positions, RankProblem, read_layer
 from lowrank_nn.layers._ranks import IntArray, aligned
-from lowrank_nn.planning.allocation import Choices, Floats
 from lowrank_nn.planning.budget import Budget
+from lowrank_nn.planning.choices import Choices, Floats
 
 _FITS = 12  # ranks of one format that are fitted where a table only estimates their errors
 _LEAST_KEPT = 1e-6  # a weight that keeps less of its energy than this counts as lost

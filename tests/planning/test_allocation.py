@@ -1,6 +1,7 @@
 """The allocation against brute force over all choices."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -56,6 +57,14 @@ def problems(draw, entries):
     return layers, np.array(allowed, dtype=float)
 
 
+@st.composite
+def tight_problems(draw, entries):
+    """Problems with a budget that some choice spends to the last unit."""
+    layers, _ = draw(problems(entries))
+    chosen = [draw(st.integers(0, len(layer.errors) - 1)) for layer in layers]
+    return layers, total(layers, chosen)[1]
+
+
 @given(problems(entries=1))
 def test_one_entry(problem):
     layers, allowed = problem
@@ -72,16 +81,28 @@ def test_one_entry(problem):
     assert error <= best + max(np.ptp(layer.errors) for layer in layers) + 1e-9
 
 
-@given(problems(entries=2))
-def test_two_entries_are_never_overspent(problem):
+@given(st.one_of(problems(entries=2), problems(entries=3), tight_problems(entries=2), tight_problems(entries=3)))
+def test_several_entries(problem):
     layers, allowed = problem
     chosen, best = allocate(layers, allowed), brute_force(layers, allowed)
-    if best is None:
-        assert chosen is None
-    elif chosen is not None:
+    assert (chosen is None) == (best is None)
+    if chosen is not None:
         error, cost = total(layers, chosen)
         assert (cost <= allowed).all()
         assert error >= best - 1e-12
+
+
+def test_several_entries_at_once_are_near_the_optimum():
+    rng = np.random.default_rng(0)
+    excess = []
+    for _ in range(60):
+        sizes = rng.integers(3, 6, size=4)
+        layers = [Choices(rng.uniform(size=n), rng.uniform(1, 40, size=(n, 2))) for n in sizes]
+        allowed = np.sum([layer.costs.mean(axis=0) for layer in layers], axis=0)
+        chosen = allocate(layers, allowed)
+        excess.append(total(layers, chosen)[0] - brute_force(layers, allowed))
+    assert np.mean(np.array(excess) < 1e-9) > 0.9
+    assert np.mean(excess) < 0.02
 
 
 @given(problems(entries=3), st.integers(1, 3))
@@ -135,6 +156,29 @@ def test_no_layers():
 
 def test_a_budget_below_zero_fits_nothing():
     assert allocate([Choices(np.array([0.0]), np.array([[1.0]]))], np.array([-3.0])) is None
+
+
+def test_errors_of_every_size_in_one_problem():
+    # The k-th unit of any layer saves 10^(6 - k / 3): the best choice takes the largest savings, whatever the budget.
+    savings = 10.0 ** (6 - np.arange(54) / 3)
+    layers = [convex_layer(1, savings[first::3]) for first in range(3)]
+    for allowed in range(0, 55, 6):
+        chosen = allocate(layers, np.array([float(allowed)]))
+        assert total(layers, chosen)[1] == allowed
+        assert chosen == [(allowed + 2) // 3, (allowed + 1) // 3, allowed // 3]
+
+
+def test_many_layers_and_entries_take_no_time():
+    rng = np.random.default_rng(0)
+    layers = []
+    for _ in range(60):
+        costs = np.sort(rng.uniform(size=300))[:, None] * 10 ** rng.uniform(3, 6) * np.exp(rng.normal(0, 0.5, (300, 3)))
+        layers.append(Choices(10 ** rng.uniform(-3, 3) * rng.uniform(size=300), costs))
+    allowed = 0.3 * np.sum([layer.costs.max(axis=0) for layer in layers], axis=0)
+    start = time.process_time()
+    chosen = allocate(layers, allowed)
+    assert time.process_time() - start < 2
+    assert (total(layers, chosen)[1] <= allowed * (1 + 1e-9)).all()
 
 
 def test_costs_of_real_networks_scale_no_differently():
