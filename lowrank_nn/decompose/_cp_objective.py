@@ -49,8 +49,7 @@ class CPObjective:
         scale = self.deviations.repeat_interleave(math.prod(self.modes[1:]))
         self._scaled = root * scale
         self._inner = (weighted / scale).to(dtype)
-        outer = scale.square() if covariance.dim() == 1 else scale[:, None] * scale
-        self._covariance = (covariance / outer).to(dtype)
+        self._covariance = _standardised(covariance, scale, dtype)
 
     @property
     def sees_nothing(self) -> bool:
@@ -231,6 +230,15 @@ def _root_transposed(curvature: Tensor) -> Tensor:
 
 def _times(matrix: Tensor, covariance: Tensor) -> Tensor:
     return matrix * covariance if covariance.dim() == 1 else matrix @ covariance
+
+
+def _standardised(covariance: Tensor, deviations: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the covariance of inputs divided by their deviations; one copy of a matrix that may be large."""
+    scaled = covariance.to(dtype, copy=True)
+    if covariance.dim() == 2:
+        scaled /= deviations[:, None].to(dtype)
+        return scaled.div_(deviations.to(dtype))
+    return scaled.div_(deviations.square().to(dtype))
 
 
 def _channel_deviations(covariance: Tensor, modes: tuple[int, ...]) -> Tensor:

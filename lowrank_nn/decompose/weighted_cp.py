@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -132,12 +132,12 @@ def _minimised(objective: CPObjective, point: Tensor, iterations: int, *, epc: b
     return state
 
 
-def _objectives(tensors: Tensor, metric: Metric) -> list[CPObjective]:
-    """Return the function to minimise of each group."""
+def _objectives(tensors: Tensor, metric: Metric) -> Iterator[CPObjective]:
+    """Yield the function to minimise of each group."""
     dtype = torch.float64 if tensors.dtype == torch.float64 else torch.float32
     curvatures = [None] * metric.groups if metric.curvature is None else list(metric.curvature)
-    parts = zip(tensors.to(metric.mean), metric.covariance, curvatures, strict=True)
-    return [CPObjective(tensor, covariance, curvature, dtype) for tensor, covariance, curvature in parts]
+    for tensor, covariance, curvature in zip(tensors.to(metric.mean), metric.covariance, curvatures, strict=True):
+        yield CPObjective(tensor, covariance, curvature, dtype)
 
 
 def _affordable(tensors: Tensor, rank: int, most: int, work: float, fewest: int) -> int:

@@ -210,7 +210,7 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
         epc: bool = True,
         metric: Metric | None = None,
     ) -> Self:
-        """Build the layer whose weight is near that of ``layer``, by alternating least squares.
+        """Build the layer whose weight is near that of ``layer``, by alternating least squares or under a metric.
 
         Args:
             layer: A trained ``nn.Conv2d``; not changed.
