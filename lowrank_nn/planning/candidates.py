@@ -34,6 +34,7 @@ class Candidate:
         error: Relative squared change of the weight, ||W - W'||^2 / ||W||^2, or e(W - W') / e(W) under a metric.
         cost: Params, MACs and bytes of the weight (no bias).
         latency: Milliseconds of all calls of one forward; 0 where nothing was timed.
+        compared: What the allocation is to compare in place of the error, if anything.
     """
 
     layer_class: type[LowRankLayer] | None
@@ -41,6 +42,7 @@ class Candidate:
     error: float
     cost: Cost
     latency: float = 0.0
+    compared: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +70,14 @@ class SiteCandidates:
         -log(1 - e): their sum is small where the product of the shares over all layers is large (Zhang et al. 2016),
         so that no layer is given up for the others.
         """
+        costs = _costs(self.candidates, budget)
+        compared = [candidate.compared for candidate in self.candidates if candidate.compared is not None]
+        if len(compared) == len(costs):
+            return Choices(np.array(compared), costs)
         relative: Floats = np.array([candidate.error for candidate in self.candidates])
         lost = -np.log(np.clip(1 - relative, _LEAST_KEPT, 1.0))
         errors = lost if self.scale is None else relative * self.scale
-        return Choices(errors, _costs(self.candidates, budget))
+        return Choices(errors, costs)
 
 
 def low_rank_candidates(
@@ -95,25 +101,39 @@ def low_rank_candidates(
             in it, errors of different layers are comparable.
         multiple: Only ranks that are multiples of this are listed, and small ones and full ranks.
     """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    positions = site_positions(site)
-    size, itemsize = weight.numel(), weight.element_size()
-    macs = sum(call_macs(p, layer) for p in positions)
-    dense = Candidate(None, {}, 0.0, Cost(size, macs, size * itemsize, size))
     found: list[Candidate] = []
     notes: list[str] = []
     judge = _Judge(layer, metric)
     for cls in (cls for cls in classes if isinstance(layer, cls.replaces)):
         for options in cls.formats:
             try:
-                found += _of_one_format(cls, options, judge, positions, multiple)
+                found += _of_one_format(cls, options, judge, site_positions(site), multiple)
             except LowRankError as error:
                 notes.append(error.message)
     note = "" if found else (notes[0] if notes else "no format at any rank is smaller")
     scale = judge.size if metric is not None and metric.curvature is not None else None
     kept = undominated(found, Budget(params=1, macs=1)) if multiple == 1 else found
-    return SiteCandidates(site.path, [dense, *kept], note, scale)
+    return SiteCandidates(site.path, [dense_candidate(site, layer), *kept], note, scale)
+
+
+def dense_candidate(site: Site, layer: nn.Module) -> Candidate:
+    """Return the candidate that is ``layer`` itself."""
+    assert isinstance(layer.weight, Tensor)
+    size, itemsize = layer.weight.numel(), layer.weight.element_size()
+    macs = sum(call_macs(p, layer) for p in site_positions(site))
+    return Candidate(None, {}, 0.0, Cost(size, macs, size * itemsize, size))
+
+
+def rank_costs(
+    problem: RankProblem, positions: list[Positions], ranks: IntArray
+) -> tuple[IntArray, IntArray, NDArray[np.bool_]]:
+    """Return params and MACs at each row of ``ranks``, and where these save something and cost more of neither."""
+    params = problem.params(*ranks.T)
+    macs = np.sum([problem.macs(p, *ranks.T) for p in positions], axis=0)
+    dense_params = problem.dense(positions[0])[0]
+    dense_macs = sum(problem.dense(p)[1] for p in positions)
+    saves = (params <= dense_params) & (macs <= dense_macs) & ((params < dense_params) | (macs < dense_macs))
+    return params, macs, saves
 
 
 class _Judge:
@@ -147,11 +167,7 @@ def _of_one_format(
     problem = cls.rank_problem(source, **options)
     problem.multiple = multiple
     table = problem.table(judge.metric)
-    params = problem.params(*table.ranks.T)
-    macs = np.sum([problem.macs(p, *table.ranks.T) for p in positions], axis=0)
-    dense_params = problem.dense(positions[0])[0]
-    dense_macs = sum(problem.dense(p)[1] for p in positions)
-    saves = (params <= dense_params) & (macs <= dense_macs) & ((params < dense_params) | (macs < dense_macs))
+    params, macs, saves = rank_costs(problem, positions, table.ranks)
     chosen = np.flatnonzero(saves & _aligned(table.ranks, problem))
     if table.estimated:
         chosen = chosen[_spread(params[chosen], table.errors[chosen])]
