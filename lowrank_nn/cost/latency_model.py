@@ -32,7 +32,8 @@ class LeafCall:
 
     Attributes:
         key: Names the layer, its options and its input: equal keys take equal time.
-        kind: Calls that run the same kind of kernel and share coefficients.
+        kind: Calls that run the same kind of kernel and share coefficients: a name, or several with commas between
+            them, the most general first.
         work: Amounts of work that take time: the call itself, multiply-accumulates with the output channels padded to
             the vector width, weights, activations read and written, entries of the unfolded input.
         place: Logarithms of the input channels per group, the output channels, the positions and the taps.
@@ -117,9 +118,9 @@ class LatencyModel:
     r"""Milliseconds of calls: as timed where they were, by formula in between.
 
     t = c_0 + c_1 (padded MACs) + c_2 (weights) + c_3 (activations) + c_4 (unfolded inputs), with coefficients
-    :math:`c \ge 0` for each kind of call, which minimise the sum of the relative errors. Next to timed calls
-    the formula is corrected by their residuals, averaged with a Gaussian weight over the logarithms of channels and
-    positions.
+    :math:`c \ge 0` for each kind of call, which minimise the sum of the relative errors. A kind with few timings takes
+    the coefficients of the more general one, times a factor. Next to timed calls the formula is corrected by their
+    residuals, averaged with a Gaussian weight over the logarithms of channels and positions.
 
     Args:
         timings: Measured milliseconds of calls.
@@ -130,18 +131,16 @@ class LatencyModel:
 
     def __init__(self, timings: Mapping[LeafCall, float]) -> None:
         self._exact = {call.key: time for call, time in timings.items()}
-        calls, times = list(timings), np.array(list(timings.values()))
-        self._coefficients = {"": _fit(calls, times)}
+        self._coefficients: dict[str, Floats] = {}
         self._neighbours: dict[str, tuple[Floats, Floats]] = {}
-        errors = []
-        for kind in {call.kind for call in calls}:
-            some = [index for index, call in enumerate(calls) if call.kind == kind]
-            own, theirs = [calls[index] for index in some], times[some]
-            if len(own) >= _FEW:
-                self._coefficients[kind] = _fit(own, theirs)
-            residuals = np.log(theirs / [self._formula(call) for call in own])
+        errors: list[float] = []
+        for kind in sorted({name for call in timings for name in _names(call.kind)}):  # general ones first
+            exact = {call: time for call, time in timings.items() if call.kind == kind}
+            own = exact or {call: time for call, time in timings.items() if kind in _names(call.kind)}
+            self._coefficients[kind] = self._fit(kind, own)
+            residuals = np.log(self._over_formula(own))
             self._neighbours[kind] = np.array([call.place for call in own]), residuals
-            errors += list(np.abs(np.expm1(-residuals)))
+            errors += list(np.abs(np.expm1(-residuals))) if exact else []
         self.median_error = float(np.median(errors)) if errors else math.nan
         self.milliseconds = functools.cache(self._milliseconds)
 
@@ -151,24 +150,45 @@ class LatencyModel:
         return self._formula(call) * math.exp(self._correction(call))
 
     def _formula(self, call: LeafCall) -> float:
-        coefficients = self._coefficients.get(call.kind, self._coefficients[""])
-        return max(_LEAST, float(np.dot(coefficients, call.work)))
+        coefficients = self._of_kind(self._coefficients, call.kind)
+        return _LEAST if coefficients is None else max(_LEAST, float(np.dot(coefficients, call.work)))
 
     def _correction(self, call: LeafCall) -> float:
         """Return the mean log residual of the timed calls around this one, drawn to zero where there are few."""
-        if call.kind not in self._neighbours:
+        neighbours = self._of_kind(self._neighbours, call.kind)
+        if neighbours is None:
             return 0.0
-        places, residuals = self._neighbours[call.kind]
+        places, residuals = neighbours
         distances = np.square(places - call.place).sum(axis=1)
         weights = np.exp(-distances / (2 * _REACH**2))
         return float(weights @ residuals / (weights.sum() + _DOUBT))
 
+    def _fit(self, kind: str, timings: Mapping[LeafCall, float]) -> Floats:
+        """Return coefficients for these calls; where they are few, those of a more general kind times a factor."""
+        general = self._of_kind(self._coefficients, kind)
+        if len(timings) >= _FEW or general is None:
+            return _fit(timings)
+        coefficients: Floats = general * np.median(self._over_formula(timings))
+        return coefficients
 
-def _fit(calls: Sequence[LeafCall], times: Floats) -> Floats:
+    def _over_formula(self, timings: Mapping[LeafCall, float]) -> Floats:
+        return np.array([time / self._formula(call) for call, time in timings.items()])
+
+    @staticmethod
+    def _of_kind(table: Mapping[str, Any], kind: str) -> Any:
+        """Return the entry of the most special name of ``kind`` that has one."""
+        return next((table[name] for name in reversed(_names(kind)) if name in table), None)
+
+
+def _names(kind: str) -> list[str]:
+    """Return the names of a kind, from any call at all to itself."""
+    parts = kind.split(", ") if kind else []
+    return [", ".join(parts[:length]) for length in range(len(parts) + 1)]
+
+
+def _fit(timings: Mapping[LeafCall, float]) -> Floats:
     """Return the non-negative coefficients with the least sum of relative errors (iteratively reweighted squares)."""
-    if not calls:
-        return np.zeros(_TERMS)
-    work = np.array([call.work for call in calls])
+    work, times = np.array([call.work for call in timings]), np.array(list(timings.values()))
     scale = np.maximum(work.max(axis=0), 1e-300)
     relative = work / scale / times[:, None]
     weights = np.ones(len(times))

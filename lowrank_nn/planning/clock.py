@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -176,8 +177,10 @@ class Clock:
         return self._calls[key]
 
     def _describe(self, key: str, layer: nn.Module, input_shape: tuple[int, ...]) -> LeafCall:
-        arguments = layer.dense_arguments() if isinstance(layer, CompressedLayer) else vars(layer)
-        return leaf_call(key, arguments, input_shape, self.vector_width)
+        if not isinstance(layer, CompressedLayer):
+            return leaf_call(key, vars(layer), input_shape, self.vector_width)
+        call = leaf_call(key, layer.dense_arguments(), input_shape, self.vector_width)
+        return dataclasses.replace(call, kind=f"{call.kind}, {type(layer).__name__}")
 
 
 def _timed_sites(recording: Recording) -> Iterator[Site]:

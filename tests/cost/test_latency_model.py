@@ -1,5 +1,6 @@
 """The latency formula against timings made by a known one."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -114,6 +115,33 @@ def test_kinds_without_timings_follow_the_others():
     model = LatencyModel(synthetic(GRID, lambda work: work @ KNOWN))
     call = call_of(nn.Conv2d(64, 64, 3, padding=1), (2, 64, 14, 14))
     assert model.milliseconds(call) == pytest.approx(np.array(call.work)[:4] @ KNOWN[:4], rel=0.05)
+
+
+def test_a_special_kind_with_few_timings_is_the_general_one_times_a_factor():
+    timings = synthetic(GRID, lambda work: work @ KNOWN)
+    few = synthetic([(32, 32, 14), (64, 64, 14), (80, 48, 20)], lambda work: 0.5 * work @ KNOWN)
+    timings |= {special(call): time for call, time in few.items()}
+    model = LatencyModel(timings)
+    for shape in ((24, 96, 9), (128, 128, 28)):
+        plain = call_of(nn.Conv2d(*shape[:2], 1), (2, shape[0], *2 * shape[2:]))
+        expected = np.array(plain.work) @ KNOWN
+        assert model.milliseconds(plain) == pytest.approx(expected, rel=0.02)
+        assert model.milliseconds(special(plain)) == pytest.approx(0.5 * expected, rel=0.02)
+
+
+def test_kinds_that_are_special_in_the_same_way_do_not_mix():
+    """The general kind is fitted to its own timings, not to those of the special ones."""
+    timings = synthetic(GRID, lambda work: work @ KNOWN)
+    timings |= {special(call): 9 * time for call, time in timings.items()}
+    call = call_of(nn.Conv2d(128, 128, 1), (2, 128, 28, 28))
+    expected = np.array(call.work) @ KNOWN
+    model = LatencyModel(timings)
+    assert model.milliseconds(call) == pytest.approx(expected, rel=0.02)
+    assert model.milliseconds(special(call)) == pytest.approx(9 * expected, rel=0.02)
+
+
+def special(call):
+    return dataclasses.replace(call, key=f"special {call.key}", kind=f"{call.kind}, special")
 
 
 def test_stages_in_turn_cost_a_call():
