@@ -11,12 +11,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from tqdm.auto import tqdm
 
 from lowrank_nn.decompose import Metric
-from lowrank_nn.errors import CalibrationError
+from lowrank_nn.errors import CalibrationError, LowRankError
 from lowrank_nn.graph import Link
 from lowrank_nn.graph.lockstep import Pair, Stop, run_in_lockstep
 from lowrank_nn.layers import LowRankLayer, layer_output_shape
 from lowrank_nn.planning.calibration import model_inputs
-from lowrank_nn.planning.regression import LEAST_RIDGE, MomentSums, choose_ridge
+from lowrank_nn.planning.regression import RIDGES, MomentSums, choose_ridge
 
 MAX_FEATURES = 5000
 LEAST_SCALE = 1e-2
@@ -135,11 +135,15 @@ class _Task:
         elif not sums.are_finite():
             self.notes[path] = "as fitted at first: NaN or infinite values reach it"
         else:
-            self._treat(path, layer, new, sums)
+            try:
+                self._treat(path, layer, new, sums)
+            except LowRankError as error:
+                raise error.at(path) from error
             if features > MAX_FEATURES:
                 self.notes[path] = f"only its mean output corrected: {features} inputs are too many for a covariance"
 
     def _treat(self, path: str, layer: nn.Conv2d | nn.Linear, new: LowRankLayer, sums: MomentSums) -> None:
+        """Refit the factors and set the mean output right."""
         norm = self.links[path].norm
         if sums.products:
             _refit(layer, new, sums, self._curvature.get(path), about_zero=norm is None and new.bias is None)
@@ -148,9 +152,8 @@ class _Task:
         bias = new.bias
         excess = surplus.flatten() if bias is None else surplus.flatten() + bias
         if norm is not None:
-            buffers = (net.get_buffer(f"{norm}.running_mean") for net in (self._small, self._dense))
-            present, original = buffers
-            present.copy_(original + excess)
+            original = self._dense.get_buffer(f"{norm}.running_mean")
+            self._small.get_buffer(f"{norm}.running_mean").copy_(original + excess)
         elif bias is not None:
             bias.sub_(excess)
 
@@ -203,7 +206,7 @@ def _refit(
     weight = layer.weight.detach().double().reshape(moments.cross.shape)
     ridge = choose_ridge(sums, weight, curvature, about_zero=about_zero)
     best = weight if ridge is None else weight + moments.improvement(weight, ridge)
-    metric = Metric(moments.damped(ridge or LEAST_RIDGE), torch.zeros_like(moments.mean), curvature)
+    metric = Metric(moments.damped(ridge or RIDGES[0]), torch.zeros_like(moments.mean), curvature)
 
     def gain() -> float:
         return moments.gain(weight, new.dense_weight().double().reshape(weight.shape) - weight, curvature)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from lowrank_nn.planning.patches import PatchSampler
 
-LEAST_RIDGE = 1e-4
-MOST_RIDGE = 1.0
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT = 4  # every fourth image
 
 
@@ -168,12 +167,11 @@ def choose_ridge(sums: MomentSums, weight: Tensor, curvature: Tensor | None, *, 
     seen, held = sums.moments(0), sums.moments(1)
     if about_zero:
         seen, held = seen.raw(), held.raw()
-    best, most, ridge = None, 0.0, LEAST_RIDGE
-    while ridge <= MOST_RIDGE:
+    best, most = None, 0.0
+    for ridge in RIDGES:
         gain = held.gain(weight, seen.improvement(weight, ridge), curvature)
         if gain > most:
             best, most = ridge, gain
         elif best is not None:
             break
-        ridge *= 10
     return best

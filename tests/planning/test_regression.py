@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowrank_nn.planning.regression import LEAST_RIDGE, MomentSums, choose_ridge
+from lowrank_nn.planning.regression import RIDGES, MomentSums, choose_ridge
 
 CONV = {"kernel_size": 3, "stride": 2, "padding": 1}
 LAYERS = {
@@ -109,12 +109,12 @@ def test_the_ridge_is_least_where_there_are_many_data_and_none_where_there_is_no
     layer, other = nn.Linear(20, 10), nn.Linear(20, 10)
     few, many = torch.randn(40, 20), torch.randn(4000, 20)
     with torch.no_grad():
-        assert chosen(layer, many, other(many)) == LEAST_RIDGE
-        assert chosen(layer, many, other(many), about_zero=True) == LEAST_RIDGE
+        assert chosen(layer, many, other(many)) == RIDGES[0]
+        assert chosen(layer, many, other(many), about_zero=True) == RIDGES[0]
         assert chosen(layer, few, layer(few) + torch.randn(40, 10)) is None
         between = chosen(layer, few, layer(few) + other(few) + 0.3 * torch.randn(40, 10))
     assert between is not None
-    assert between > LEAST_RIDGE
+    assert between > RIDGES[0]
 
 
 def test_large_means_cost_no_accuracy():
@@ -134,7 +134,7 @@ def test_constant_inputs_and_values_that_are_not_finite():
     sums = MomentSums(layer, 0)
     sums.add(torch.ones(8, 6), torch.ones(8, 4))
     assert sums.are_finite()
-    improvement = sums.moments().improvement(layer.weight.detach().double()[None], LEAST_RIDGE)
+    improvement = sums.moments().improvement(layer.weight.detach().double()[None], RIDGES[0])
     assert torch.isfinite(improvement).all()
     sums.add(torch.full((1, 6), torch.inf), torch.ones(1, 4))
     assert not sums.are_finite()
