@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from lowrank_nn.decompose._gram import leading_eigenvectors
 from lowrank_nn.decompose.metric import Metric, square_root
 from lowrank_nn.decompose.weighted import ROOT_FLOOR, output_roots, ridge
+from lowrank_nn.errors import OptionError
 
 
 class Regression:
@@ -27,13 +29,14 @@ class Regression:
         total: tr(W C W^T), summed over the groups.
         positions: What C shares among channels, shape (groups, n, m, m), with a mean diagonal entry of 1.
         channels: What C shares among positions, shape (groups, i, i).
+        is_regular: Whether ``channels`` is positive definite, as the search needs it.
     """
 
-    def __init__(self, weight: Tensor, metric: Metric, r_out: int | None) -> None:
+    def __init__(self, weight: Tensor, metric: Metric, r_out: int | None, ridges: float = 1.0) -> None:
         channels = weight.shape[1]
         self.r_out = r_out
         self.roots = output_roots(metric, weight.shape[0] // metric.groups)
-        self.covariance = _covariance_blocks(metric, channels)
+        self.covariance = _covariance_blocks(metric, channels, ridges)
         groups, blocks, taps = self.covariance.shape[:3]
         W = (self.roots.root @ metric.unfold(weight)).reshape(groups, -1, channels, blocks, taps)
         self._weight = W.permute(0, 3, 1, 4, 2).contiguous()  # (g, n, o, m, i)
@@ -43,7 +46,8 @@ class Regression:
         self.channels = self.covariance.diagonal(dim1=2, dim2=4).mean((1, 4))
         positions = self.covariance.diagonal(dim1=3, dim2=5).mean(-1)
         self.positions = positions / positions.diagonal(dim1=2, dim2=3).mean((1, 2))[:, None, None, None]
-        self.channels_factor = torch.linalg.cholesky(self.channels)
+        self.channels_factor, failed = torch.linalg.cholesky_ex(self.channels)
+        self.is_regular = not bool(failed.any())
 
     def start(self, rank: int) -> Tensor:
         """Return the input factor of the weighted kernel's HOSVD, orthonormal and ordered, shape (groups, i, rank)."""
@@ -62,6 +66,24 @@ class Regression:
     def products(self, factor: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return P^T C P and W C P, shapes (groups, n, m b, m b) and (groups, n, o, m b)."""
         return _contract(image, factor), _contract(self.moments, factor)
+
+
+def regressions(weight: Tensor, metric: Metric, r_out: int | None) -> Iterator[Regression]:
+    """Yield regressions of rising ridge, the first of which is nearly always enough.
+
+    A covariance added up in float32, of fewer patches than it has rows, has eigenvalues below zero.
+
+    Raises:
+        OptionError: All were asked for.
+    """
+    for ridges in (1.0, 1e3, 1e5, 1e7):
+        regression = Regression(weight, metric, r_out, ridges)
+        if regression.is_regular:
+            yield regression
+    raise OptionError(
+        "metric: the covariance is not positive semidefinite. Collect it again, with collect_metrics or as the mean of "
+        "the patches' outer products in float64."
+    )
 
 
 class Point:
@@ -130,18 +152,18 @@ class Point:
         return factor
 
 
-def _covariance_blocks(metric: Metric, channels: int) -> Tensor:
-    """Return the covariance with a ridge, positions before channels, shape (groups, n, m, i, m, i)."""
+def _covariance_blocks(metric: Metric, channels: int, ridges: float) -> Tensor:
+    """Return the covariance with as many times the ridge, positions before channels, shape (groups, n, m, i, m, i)."""
     groups, inputs = metric.mean.shape
     taps = inputs // channels
     if metric.is_diagonal:
-        variances = metric.covariance + ridge(metric.covariance)
+        variances = metric.covariance + ridges * ridge(metric.covariance)
         blocks: Tensor = torch.diag_embed(variances.reshape(groups, channels, taps).mT)
         return blocks[:, :, None, :, None]
     covariance = metric.covariance.reshape(groups, channels, taps, channels, taps).permute(0, 2, 1, 4, 3)
     covariance = covariance.clone(memory_format=torch.contiguous_format)
     diagonal = covariance.view(groups, inputs, inputs).diagonal(dim1=1, dim2=2)
-    diagonal += ridge(diagonal)
+    diagonal += ridges * ridge(diagonal)
     return covariance[:, None]
 
 

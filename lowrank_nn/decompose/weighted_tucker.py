@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lowrank_nn.decompose._gram import column_signs
 from lowrank_nn.decompose._lbfgs import Curvature, descend
-from lowrank_nn.decompose._regression import Point, Regression
+from lowrank_nn.decompose._regression import Point, regressions
 from lowrank_nn.decompose.metric import Metric
 from lowrank_nn.decompose.tucker import TuckerFactors
 from lowrank_nn.decompose.weighted import is_seen, weighted_svd
@@ -122,13 +123,15 @@ def _explained(weight: Tensor, metric: Metric) -> Tensor:
     The start's directions are ordered, so one Cholesky decomposition serves the regressions of all ranks: N at rank r
     is the Gram matrix of the first r.
     """
-    regression = Regression(weight, metric, None)
-    factor = regression.start(weight.shape[1])
-    Z, Y = regression.products(factor, regression.image(factor))
-    groups, blocks, taps, channels = regression.covariance.shape[:4]
-    # Channels before positions: rank r takes the first r m rows.
-    order = torch.arange(taps * channels, device=Z.device).view(taps, channels).T.flatten()
-    L = torch.linalg.cholesky(Z[:, :, order[:, None], order])
+    for regression in regressions(weight, metric, None):
+        factor = regression.start(weight.shape[1])
+        Z, Y = regression.products(factor, regression.image(factor))
+        groups, blocks, taps, channels = regression.covariance.shape[:4]
+        # Channels before positions: rank r takes the first r m rows.
+        order = torch.arange(taps * channels, device=Z.device).view(taps, channels).T.flatten()
+        L, failed = torch.linalg.cholesky_ex(Z[:, :, order[:, None], order])
+        if not bool(failed.any()):
+            break
     explained: Tensor = torch.linalg.solve_triangular(L, Y[..., order].mT, upper=False)
     explained = explained * is_seen(metric)[:, None, None, None]
     return explained.view(groups, blocks, channels, taps, -1).transpose(1, 2)
@@ -172,11 +175,13 @@ def _search(
     tolerance: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return core (groups, a, b, taps) and orthonormal factors with a small error under the metric."""
-    regression = Regression(weight, metric, r_out)
-    points = [Point(regression, regression.start(r_in))]
-    if start is not None:
-        points.append(Point(regression, torch.linalg.qr(start.to(metric.mean)).Q))
-    best = min(points, key=lambda point: point.value)
+    for regression in regressions(weight, metric, r_out):
+        points = [Point(regression, regression.start(r_in))]
+        if start is not None:
+            points.append(Point(regression, torch.linalg.qr(start.to(metric.mean)).Q))
+        best = min(points, key=lambda point: point.value)
+        if best.value < math.inf:
+            break
     del points
 
     def at(flat: Tensor) -> Point:

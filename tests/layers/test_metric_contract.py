@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lowrank_nn.errors import RankError
+from lowrank_nn.errors import OptionError, RankError
 from lowrank_nn.layers import LAYERS, LowRankLayer, SpatialSVDConv2d, SVDConv2d, TuckerConv2d, read_layer
 from lowrank_nn.testing import run_check
 from lowrank_nn.testing.checks_metric import check_fit_under_a_metric, check_lossless_under_a_metric
@@ -135,9 +135,39 @@ def test_drawn_layers_keep_the_promises_under_the_metric_of_their_inputs(cls, da
         assert run_check(cls, case, check)
 
 
+def usual_layer(cls):
+    return torch.nn.Linear(12, 9) if cls.replaces is torch.nn.Linear else dense_conv(torch.float32, kernel_size=3)
+
+
+@pytest.mark.parametrize("share", [1e-7, 1e-4])
+@every_class
+def test_a_covariance_that_rounding_made_indefinite(cls, share):
+    """As when it was added up in float32, of fewer patches than a patch has entries."""
+    layer = usual_layer(cls)
+    metric = random_metric(layer, rank=3)
+    noise = torch.randn(metric.covariance.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    metric.covariance.add_(noise + noise.mT, alpha=share * float(metric.covariance.diagonal(dim1=1, dim2=2).mean()))
+    assert torch.linalg.eigvalsh(metric.covariance)[0, 0] < 0
+    plain = cls.from_pretrained_layer(layer, **cls.usual_options(layer))
+    fitted = cls.from_pretrained_layer(layer, **cls.usual_options(layer), metric=metric)
+    before, after = (metric.error(layer.weight - new.dense_weight()) for new in (plain, fitted))
+    assert after <= before
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"), [(TuckerConv2d, {}), (SVDConv2d, {"order": "pointwise_first"}), (SpatialSVDConv2d, {})]
+)
+def test_a_covariance_that_is_none_is_refused(cls, options):
+    layer = dense_conv(kernel_size=3)
+    metric = random_metric(layer)
+    metric.covariance.copy_(2 * torch.eye(36) - 1)
+    with pytest.raises(OptionError, match=r"the covariance is not positive semidefinite\. Collect it again"):
+        cls.from_pretrained_layer(layer, **cls.usual_options(layer), **options, metric=metric)
+
+
 @every_class
 def test_a_fit_touches_nothing_and_draws_nothing(cls):
-    layer = torch.nn.Linear(12, 9) if cls.replaces is torch.nn.Linear else dense_conv(torch.float32, kernel_size=3)
+    layer = usual_layer(cls)
     metric = random_metric(layer)
     source, given_metric, drawn = copy.deepcopy(layer), copy.deepcopy(metric), torch.get_rng_state()
     first, second = (cls.from_pretrained_layer(layer, **cls.usual_options(layer), metric=metric) for _ in range(2))
