@@ -97,7 +97,7 @@ class FileSummary:
             "",
             *_table([("tensor", "dtype", "shape", "stored", "bytes", "in memory"), *tensors, total], numbers=2),
         ]
-        shared = [f"{' = '.join((*t.tied, t.key))}: one tensor" for t in self.tensors if t.tied]
+        shared = [f"{' = '.join((t.key, *t.tied))}: one tensor" for t in self.tensors if t.tied]
         shared += [f"{' = '.join((layer.path, *layer.aliases))}: one layer" for layer in self.layers if layer.aliases]
         return "\n".join([*lines, *(_shortened(line) for line in shared)])
 

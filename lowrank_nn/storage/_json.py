@@ -10,6 +10,8 @@ from lowrank_nn.errors import FileFormatError
 
 MAX_JSON = 100_000_000  # bytes; the limit that the safetensors library sets for its header
 MAX_DEPTH = 32  # of nested lists and objects; what is written here has eight
+MAX_RATIO = 64  # bytes of JSON that a byte may inflate to; of deep networks it does to 40, of deflate bombs to 1000
+FREE_BYTES = 1 << 16  # and so many on top
 
 
 def dump(value: Any) -> bytes:
@@ -37,11 +39,13 @@ def parse(text: bytes, what: str) -> Any:
 
 def deflate(value: Any) -> bytes:
     """Return ``value`` as JSON, deflated: deep networks repeat the same words hundreds of times."""
-    return zlib.compress(dump(value), 9)
+    text = dump(value)
+    deflated = zlib.compress(text, 9)
+    return deflated if len(text) <= _inflated_limit(deflated) else zlib.compress(text, 0)
 
 
 def inflate(data: bytes, what: str) -> Any:
-    """Undo :func:`deflate`; what inflates to more than ``MAX_JSON`` bytes is refused before it does.
+    """Undo :func:`deflate`; what inflates to far more than a structure does is refused before it does.
 
     Args:
         data: The deflated JSON.
@@ -52,12 +56,16 @@ def inflate(data: bytes, what: str) -> Any:
     """
     inflater = zlib.decompressobj()
     try:
-        inflated = inflater.decompress(data, MAX_JSON)
+        inflated = inflater.decompress(data, _inflated_limit(data))
     except zlib.error as error:
         raise FileFormatError(f"the {what} cannot be inflated ({error}): the file is damaged.") from error
     if not inflater.eof or inflater.unused_data:
         raise FileFormatError(f"the {what} is cut short, too long, or followed by something else.")
     return parse(inflated, what)
+
+
+def _inflated_limit(deflated: bytes) -> int:
+    return min(MAX_JSON, FREE_BYTES + MAX_RATIO * len(deflated))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def _pull_all(symbols: Bytes, states: States, stream: Words, frequencies: Freque
         step = symbols[start : start + states.size]
         active = states[: step.size]
         slots = active & (table.size - 1)
-        np.take(table, slots, out=step, mode="clip")  # "raise" would take a copy
+        table.take(slots, out=step, mode="clip")  # "raise" would take a copy
         active >>= precision
         active *= shares[slots]
         active += inside[slots]

@@ -5,7 +5,17 @@ import contextlib
 import torch
 from torch import nn
 
-from lowrank_nn.layers import LAYERS, CompressedLinear, Packing, SVDLinear, TuckerConv2d, register_layer
+from lowrank_nn.layers import (
+    LAYERS,
+    CompressedLinear,
+    Packing,
+    PrunedConv2d,
+    QuantConv2d,
+    QuantLinear,
+    SVDLinear,
+    TuckerConv2d,
+    register_layer,
+)
 
 
 class SmallNet(nn.Module):
@@ -113,3 +123,43 @@ def assert_same_state(model, other):
     for key, value in expected.items():
         assert (state[key].dtype, state[key].shape) == (value.dtype, value.shape), key
         assert bits_of(state[key]) == bits_of(value), key
+
+
+class EveryEncoding(nn.Module):
+    """Has a tensor for each way of storing one; see `every_encoding`."""
+
+    def __init__(self):
+        super().__init__()
+        self.whole = nn.Linear(64, 80)
+        self.int8 = nn.Linear(64, 300)
+        self.pruned = nn.Conv2d(16, 32, 3)
+        self.both = nn.Conv2d(16, 32, 3)
+        self.sparse = nn.Linear(40, 50, bias=False)
+        self.factors = nn.Conv2d(6, 8, 3)
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("wide", torch.zeros(60, 50, dtype=torch.int32))
+        self.register_buffer("few", torch.zeros(30, 30))
+        self.register_buffer("tied", self.few)
+        self.register_buffer("counts", torch.zeros(300, dtype=torch.int64))
+
+
+def every_encoding():
+    """An EveryEncoding with compressed layers; saved, its tensors are stored in all ways that there are."""
+
+    def make():
+        net = EveryEncoding()
+        nn.init.normal_(net.int8.weight)
+        net.int8 = QuantLinear.from_pretrained_layer(net.int8, bits=8)
+        net.pruned = PrunedConv2d.from_pretrained_layer(net.pruned, sparsity=0.8)
+        net.both = PrunedConv2d.from_pretrained_layer(net.both, sparsity=0.6)
+        net.both = QuantConv2d.from_pretrained_layer(net.both, bits=4)
+        net.factors = TuckerConv2d.from_pretrained_layer(net.factors, rank=(4, 3))
+        net.factors.core = QuantConv2d.from_pretrained_layer(net.factors.core, bits=3)
+        with torch.no_grad():
+            net.sparse.weight[torch.rand(50, 40) < 0.9] = 0
+            net.few[torch.rand(30, 30) < 0.5] = 1.5
+            net.wide.copy_((torch.randn(60, 50) * 500).round())
+            net.counts[::7] = 3
+        return net
+
+    return seeded(make)

@@ -17,7 +17,7 @@ from lowrank_nn.errors import FileFormatError, OptionError
 from lowrank_nn.layers import SVDLinear
 from lowrank_nn.storage import load, packed_size, save
 from lowrank_nn.storage._container import make_file
-from lowrank_nn.storage._json import MAX_DEPTH, MAX_JSON
+from lowrank_nn.storage._json import MAX_DEPTH, deflate, inflate
 from tests.storage.forge import INDEX, forged, header_end, put_together, take_apart
 from tests.storage.models import (
     MaskedLinear,
@@ -98,7 +98,8 @@ def test_random_bytes(scratch, data):
         (b"PK\3\4 this is a zip file, perhaps", "truncated or was not written by save"),
         (struct.pack("<Q", 2) + b"[]", "no structure of this library"),
         (struct.pack("<Q", 2) + b"{]", "not valid JSON"),
-        (struct.pack("<Q", 40000) + b"[" * 40000, "not valid JSON"),
+        (struct.pack("<Q", 40000) + b"[" * 40000, "lists no tensors"),
+        (struct.pack("<Q", 30000) + b'"a",' * 7500, "lists no tensors"),
         (struct.pack("<Q", 13) + b'{"a":1,"a":2}', "occurs twice"),
         (safetensors.torch.save({"weight": torch.zeros(2, 2)}), "no structure of this library"),
         (safetensors.torch.save({"weight": torch.zeros(2)}, {"format": "lowrank_nn"}), "format version None"),
@@ -406,8 +407,8 @@ def test_a_file_of_made_up_parts():
         (b"no zlib", "cannot be inflated"),
         (zlib.compress(b"{}")[:-3], "cut short"),
         (zlib.compress(b"{}") + b"more", "followed by something else"),
-        (zlib.compress(bytes(MAX_JSON + 1)), "too long"),
-        (zlib.compress(b"[" * 10**6), "not valid JSON"),
+        (zlib.compress(bytes(10**6)), "too long"),
+        (zlib.compress(b"[" * 60000), "not valid JSON"),
         (zlib.compress(b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1)), "nested more than"),
         (zlib.compress(b'{"layers":NaN,"layers":1}'), "occurs twice"),
     ],
@@ -431,3 +432,9 @@ def test_an_index_that_is_cut_short(good, scratch):
         text = json.dumps(header).encode()
         message = refusal(scratch, struct.pack("<Q", len(text)) + text + bytes(length), SmallNet())
         assert "checksum" in message
+
+
+def test_a_structure_that_repeats_itself_endlessly_is_written_so_that_it_can_be_read():
+    value = {"layers": [0] * 10**6}
+    assert len(deflate(value)) > 10**6
+    assert inflate(deflate(value), "structure") == value
