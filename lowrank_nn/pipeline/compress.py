@@ -55,8 +55,8 @@ def plan(
 ) -> Report:
     """Return the table that :func:`compress_model` would end with, without compressing.
 
-    The recipe runs on the meta device. What depends on the weights alone is computed from them (ranks of rules, errors
-    of candidates); nothing is decomposed, trained or calibrated. Layers count as often as the given model calls them;
+    The recipe runs on the meta device. What decisions depend on is computed (ranks of rules, errors of candidates, from
+    the weights or from the calibration data); nothing is trained, and no layer replaced. Layers count as often as the given model calls them;
     where that depends on values, compression may change it. So may the choice of what to prune with
     ``granularity="shape"``, of which the plan counts what can remain at most.
 
@@ -65,7 +65,7 @@ def plan(
         example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keywords.
         recipe: Steps in order, or the name of a published recipe; ``[LowRank()]`` if left out.
         budget: What may remain at the end of the recipe.
-        calibration: As for :func:`compress_model`; only its presence counts here.
+        calibration: As for :func:`compress_model`.
         seed: Seed of everything random.
         progress: Whether to show progress bars, on a terminal.
 
@@ -102,7 +102,8 @@ def compress_model(
         recipe: Steps in order (``LowRank``, ``Apply``, ``Prune``, ``Quantize``, ``FineTune``), or the name of a
             published recipe (``"one-shot"``); ``[LowRank()]`` if left out.
         budget: What may remain at the end of the recipe, as shares of the dense model.
-        calibration: Batches of inputs for steps that measure activations; labels in them are ignored.
+        calibration: Batches of inputs, labels in them ignored: what ``LowRank`` chooses and fits by, and what steps
+            that quantize activations measure.
         seed: Seed of everything random. The same inputs and seed give the same bits on the same machine.
         progress: Whether to show progress bars, on a terminal.
         measure_speed: Whether to time both models on ``example_inputs`` for the report; under a latency budget they are
