@@ -40,6 +40,7 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
         "model": MyNet(),
         "example_inputs": images,
         "train_loader": [(images, labels)],
+        "batches": torch.randn(16, 3, 8, 8).split(8),
         "dense_conv": nn.Conv2d(64, 32, 3),
         "dense_fc": nn.Linear(64, 32),
     }
