@@ -22,7 +22,7 @@ _SEGMENT = 10  # iterations between two adjustments of the penalty
 _FLOAT32_LIMIT = 1e-5
 # Multiply-accumulates that a fit may cost, unless that leaves it fewer iterations than the least; the same for tables.
 _WORK, _FEWEST = 1.5e11, 15
-_TABLE_WORK, _TABLE_FEWEST, _TABLE_MOST = 1e10, 2, 20
+_TABLE_WORK, _TABLE_FEWEST, _TABLE_MOST = 1e10, 1, 20
 
 
 @torch.no_grad()
@@ -92,15 +92,15 @@ def weighted_cp_errors(weight: Tensor, metric: Metric, ranks: Sequence[int]) -> 
     for objective in _objectives(tensors, metric):
         state = None
         for index, rank in enumerate(ranks if not objective.sees_nothing else ()):
-            point = objective.first_point(rank) if state is None else state.objective.grown(state, rank)
+            point = objective.first_point(rank) if state is None else objective.grown(state, rank)
             steps = _affordable(tensors, rank, _TABLE_MOST, _TABLE_WORK, _TABLE_FEWEST)
-            state = _minimised(objective if state is None else state.objective, point, steps, epc=True)
+            state = _minimised(objective, point, steps, epc=True, widen=False)
             errors[index] += state.error * objective.size
     return errors
 
 
 def _fitted(objective: CPObjective, point: Tensor, iterations: int, epc: bool) -> list[Tensor]:
-    state = _minimised(objective, point, iterations, epc=epc)
+    state = _minimised(objective, point, iterations, epc=epc, widen=True)
     return state.objective.factors(state)
 
 
@@ -113,8 +113,8 @@ def _refitted(objective: CPObjective, start: list[Tensor], iterations: int, epc:
     return factors if errors[0] <= errors[1] else start
 
 
-def _minimised(objective: CPObjective, point: Tensor, iterations: int, *, epc: bool) -> CPState:
-    """Descend from a point; the penalty follows the error down, and products become float64 where float32 fails."""
+def _minimised(objective: CPObjective, point: Tensor, iterations: int, *, epc: bool, widen: bool) -> CPState:
+    """Descend from a point; the penalty follows the error down, and products may become float64 where float32 fails."""
     curvature = Curvature()
     state, alive = objective.evaluate(point), True
     for first in range(0, iterations, _SEGMENT):
@@ -126,7 +126,7 @@ def _minimised(objective: CPObjective, point: Tensor, iterations: int, *, epc: b
         if not alive:
             break
         state, alive = descend(state, objective.evaluate, curvature, min(_SEGMENT, iterations - first))
-        if objective.dtype == torch.float32 and (state.error < _FLOAT32_LIMIT or not alive):
+        if widen and objective.dtype == torch.float32 and (state.error < _FLOAT32_LIMIT or not alive):
             objective, alive = objective.widened(), True
             state = objective.evaluate(state.point)
     return state
