@@ -157,12 +157,13 @@ def test_a_covariance_that_rounding_made_indefinite(cls, share):
 @pytest.mark.parametrize(
     ("cls", "options"), [(TuckerConv2d, {}), (SVDConv2d, {"order": "pointwise_first"}), (SpatialSVDConv2d, {})]
 )
-def test_a_covariance_that_is_none_is_refused(cls, options):
+def test_a_table_under_a_covariance_that_is_none_is_refused(cls, options):
     layer = dense_conv(kernel_size=3)
     metric = random_metric(layer)
     metric.covariance.copy_(2 * torch.eye(36) - 1)
+    problem = cls.rank_problem(read_layer(layer, cls), **options)
     with pytest.raises(OptionError, match=r"the covariance is not positive semidefinite\. Collect it again"):
-        cls.from_pretrained_layer(layer, **cls.usual_options(layer), **options, metric=metric)
+        problem.table(metric)
 
 
 @every_class
