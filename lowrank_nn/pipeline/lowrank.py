@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ from lowrank_nn.graph import Site
 from lowrank_nn.layers import LAYERS, LowRankLayer, RankRule, SVDConv2d, SVDLinear, TuckerConv2d
 from lowrank_nn.pipeline.apply import class_for, decide_layer, refusal
 from lowrank_nn.pipeline.evidence import Evidence, carry_out, changed_since_given, gather
-from lowrank_nn.pipeline.select import Patterns, select
+from lowrank_nn.pipeline.select import Patterns, select, strictest
 from lowrank_nn.pipeline.state import Decision, State, Step
-from lowrank_nn.planning import Budget, Clock, SiteCandidates, TimedCandidates, allocate, low_rank_candidates
+from lowrank_nn.planning import Budget, Clock, SiteCandidates, TimedCandidates
+from lowrank_nn.planning.constraints import checked_multiple, checked_shares, in_multiples, within_shares
+from lowrank_nn.planning.rules import ALLOCATIONS, AllocationRule
 
 
 class LowRank(Step):
@@ -42,6 +44,13 @@ class LowRank(Step):
         formats: Low-rank classes to choose from; all registered ones if left out. With a rank rule, each layer takes
             the first that replaces its kind.
         rank: A rank rule (``VBMF()``, ``Energy(0.9)``, ``Params(0.3)``, ``SpeedUp(2)``), or None for the budget.
+        allocation: How the budget is shared out: ``"knapsack"``, or one of the rules to compare it with: ``"uniform"``
+            (every layer keeps the same share), ``"alds"`` (the largest relative error in operator norm is made small,
+            SVD only unless ``formats`` says otherwise), ``"musco"`` (ranks full - w (full - vbmf), one w for all).
+        multiple_of: What ranks are to be multiples of, with a budget.
+        at_least: Share of a layer's parameters that stays at least, by shell pattern, such as ``{"layer1.*": 0.5}``;
+            of several patterns the strictest counts. With a budget.
+        at_most: Share of a layer's parameters that may stay at most, likewise.
         data_aware: Whether to use the calibration data; if left out, where there are some and ranks come from the
             budget.
         curvature: Whether errors count by what they do to the network's output, which takes gradients, or by what
@@ -50,13 +59,16 @@ class LowRank(Step):
             calibration data at one point of the given and of the compressed network in memory.
 
     Raises:
-        OptionError: ``rank`` is neither a rule nor None.
+        OptionError: ``rank`` is neither a rule nor None, there is no such allocation, a share or multiple is out of
+            range, or what only a budget can heed comes with a rank rule.
 
     References:
         Kim et al. 2016, "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile
         Applications" (rank rule). Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for
         Classification and Detection" (product of energies). Everett 1963, "Generalized Lagrange Multiplier
-        Method" (allocation).
+        Method" (allocation). Liebenwein et al. 2021, "Compressing Neural Networks: Towards Determining the Optimal
+        Layer-wise Decomposition" (``"alds"``). Gusak et al. 2019, "Automated Multi-Stage Compression of Neural
+        Networks" (``"musco"``).
     """
 
     def __init__(
@@ -66,6 +78,10 @@ class LowRank(Step):
         but_not: Patterns = (),
         formats: Sequence[type[LowRankLayer]] | None = None,
         rank: RankRule | None = None,
+        allocation: str = "knapsack",
+        multiple_of: int = 1,
+        at_least: Mapping[str, float] | None = None,
+        at_most: Mapping[str, float] | None = None,
         data_aware: bool | None = None,
         curvature: bool = True,
         reconstruct: bool = True,
@@ -75,13 +91,23 @@ class LowRank(Step):
                 f"LowRank: rank must be a rule such as VBMF() or Energy(0.9), or None to share out the budget, got "
                 f"{rank!r}. For one rank everywhere use Apply(TuckerConv2d, rank=...)."
             )
-        self.where, self.but_not, self.rank = where, but_not, rank
+        if allocation not in ALLOCATIONS:
+            raise OptionError(f"LowRank: allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}.")
+        if rank is not None and (allocation != "knapsack" or multiple_of != 1 or at_least or at_most):
+            raise OptionError(
+                "LowRank: a rank rule treats each layer by itself; allocation, multiple_of, at_least and at_most need "
+                "a budget. Leave rank out, or leave them out."
+            )
+        self.where, self.but_not, self.rank, self.allocation = where, but_not, rank, allocation
+        self.multiple_of = checked_multiple(multiple_of)
+        self.at_least, self.at_most = checked_shares("at_least", at_least), checked_shares("at_most", at_most)
         self.formats = None if formats is None else tuple(formats)
         self.data_aware, self.curvature, self.reconstruct = data_aware, curvature, reconstruct
 
     def __repr__(self) -> str:
         names = None if self.formats is None else [cls.__name__ for cls in self.formats]
-        return f"LowRank(where={self.where!r}, but_not={self.but_not!r}, formats={names}, rank={self.rank!r})"
+        how = f"rank={self.rank!r}" if self.rank is not None else f"allocation={self.allocation!r}"
+        return f"LowRank(where={self.where!r}, but_not={self.but_not!r}, formats={names}, {how})"
 
     def allocates(self) -> bool:
         """Whether the ranks come from the budget."""
@@ -139,7 +165,11 @@ class LowRank(Step):
         return found
 
     def _classes(self) -> tuple[type[LowRankLayer], ...]:
-        return self.formats or tuple(cls for cls in LAYERS.values() if issubclass(cls, LowRankLayer))
+        every = tuple(cls for cls in LAYERS.values() if issubclass(cls, LowRankLayer))
+        return self.formats or self._rule().formats or every
+
+    def _rule(self) -> AllocationRule:
+        return ALLOCATIONS[self.allocation]
 
     def _format_of(self, site: Site) -> type[LowRankLayer]:
         """Return the format for a rank rule: the first of the user's, or Tucker for k x k kernels and else the SVD."""
@@ -168,16 +198,30 @@ class LowRank(Step):
             state.cost() - changeable, state.latency() - sum(table.candidates[0].latency for table in open_tables)
         )
         allowed = target.allowed(state.dense_cost(), state.dense_latency()) - fixed
-        picks = allocate([table.choices(target) for table in open_tables], allowed)
+        bounded = self._within_bounds(sites, tables)
+        usable = [table for table in bounded if table.candidates]
+        picks = self._rule().choose([table.choices(target) for table in usable], allowed)
         if picks is None:
-            raise BudgetError(_cannot_be_met(target, state, fixed, tables))
-        chosen = {t.path: t.candidates[i] for t, i in zip(open_tables, picks, strict=True)}
+            raise BudgetError(_cannot_be_met(target, state, fixed, bounded))
+        chosen = {t.path: t.candidates[i] for t, i in zip(usable, picks, strict=True)}
         return [_decision(table, chosen.get(table.path)) for table in tables]
+
+    def _within_bounds(self, sites: list[Site], tables: list[SiteCandidates]) -> list[SiteCandidates]:
+        """Return the tables with the candidates that ``at_least`` and ``at_most`` admit."""
+        least = strictest(sites, self.at_least, "LowRank", max)
+        most = strictest(sites, self.at_most, "LowRank", min)
+        bounded = least.keys() | most.keys()
+        return [
+            within_shares(table, least.get(table.path, 0.0), most.get(table.path, 1.0))
+            if table.path in bounded
+            else table
+            for table in tables
+        ]
 
     def _timed(self, state: State, clock: Clock, tables: list[SiteCandidates], budget: Budget) -> list[SiteCandidates]:
         """Return the tables with what the clock says now; before the first time, all layers are timed in place."""
         open_tables = [table for table in tables if table.candidates]
-        key: Any = (LowRank, TimedCandidates, *(table.path for table in open_tables), self._classes())
+        key: Any = (LowRank, TimedCandidates, *(table.path for table in open_tables), *self._kind())
         if key not in state.cache:
             state.cache[key] = timed = TimedCandidates(open_tables, state.recording(), clock)
             timed.measure(state.watch(timed.probes(), "LowRank: timing"))
@@ -191,13 +235,18 @@ class LowRank(Step):
         if not isinstance(site.layer, (nn.Conv2d, nn.Linear)):
             return SiteCandidates(site.path, [], f"it is a {type(site.layer).__name__} already: put LowRank first")
         metric = self._evidence(state).metric(site.path) if self._uses_data(state) else None
-        key: Any = (LowRank, site.path, classes, metric is not None, self.curvature)
+        key: Any = (LowRank, site.path, *self._kind(), metric is not None, self.curvature)
         if key not in state.cache:
-            multiple = 1 if state.clock is None else state.clock.vector_width
-            layer = state.weights_of(site)
-            state.cache[key] = low_rank_candidates(site, layer, classes, metric, multiple=multiple)
+            width = 1 if state.clock is None else state.clock.vector_width
+            multiple = math.lcm(width, self.multiple_of)
+            table = self._rule().candidates(site, state.weights_of(site), classes, metric, multiple=multiple)
+            state.cache[key] = in_multiples(table, self.multiple_of)
         found: SiteCandidates = state.cache[key]
         return found
+
+    def _kind(self) -> tuple[Any, ...]:
+        """Return what the candidates of a layer depend on, the data apart."""
+        return (self._classes(), self._rule().candidates, self.multiple_of)
 
 
 def _decision(table: SiteCandidates, candidate: Any) -> Decision:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lowrank_nn.errors import PlanError
 from lowrank_nn.graph import Site
@@ -44,6 +44,27 @@ def select(sites: Iterable[Site], where: Patterns, but_not: Patterns, step: str)
         for site in sites
         if any(_matches(site, p) for p in wanted) and not any(_matches(site, p) for p in unwanted)
     ]
+
+
+def strictest(
+    sites: Sequence[Site], bounds: Mapping[str, float], step: str, pick: Callable[[float, float], float]
+) -> dict[str, float]:
+    """Return, by path, the bound of every site that some pattern of ``bounds`` matches.
+
+    Args:
+        sites: The layers the step could act on.
+        bounds: Bound by pattern.
+        step: Name of the step, for messages.
+        pick: Which of two bounds on one layer counts, ``min`` or ``max``.
+
+    Raises:
+        PlanError: A pattern matches no layer.
+    """
+    found: dict[str, float] = {}
+    for pattern, bound in bounds.items():
+        for site in select(sites, pattern, (), step):
+            found[site.path] = pick(found.get(site.path, bound), bound)
+    return found
 
 
 def _matches(site: Site, pattern: str) -> bool:

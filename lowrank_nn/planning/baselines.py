@@ -13,7 +13,7 @@ from torch import nn
 
 from lowrank_nn.cost import Cost
 from lowrank_nn.decompose import Metric, singular_values
-from lowrank_nn.errors import LowRankError
+from lowrank_nn.errors import LowRankError, RankError, UnsupportedLayerError
 from lowrank_nn.graph import Site
 from lowrank_nn.layers import VBMF, LowRankLayer, RankProblem, RankRule, TuckerConv2d, read_layer
 from lowrank_nn.planning.candidates import (
@@ -53,33 +53,38 @@ def alds_candidates(
     References:
         Liebenwein et al. 2021, "Compressing Neural Networks: Towards Determining the Optimal Layer-wise Decomposition".
     """
-    table = low_rank_candidates(site, layer, classes, multiple=multiple)
-    norms: dict[str, Floats | None] = {}
-    kept = []
-    for candidate in table.candidates:
-        if candidate.layer_class is None:
-            kept.append(dataclasses.replace(candidate, compared=0.0))
-            continue
-        variant = {name: value for name, value in candidate.options.items() if name != "rank"}
-        key = f"{candidate.layer_class.__name__} {variant}"
-        if key not in norms:
-            norms[key] = _relative_norms(candidate.layer_class, variant, layer)
-        of_rank = norms[key]
-        if of_rank is not None:
-            kept.append(dataclasses.replace(candidate, compared=float(of_rank[candidate.options["rank"]])))
-    note = table.note or ("" if len(kept) > 1 else "ALDS takes formats of one matrix, such as SVDConv2d")
-    return SiteCandidates(site.path, kept, note)
-
-
-def _relative_norms(cls: type[LowRankLayer], variant: dict[str, Any], layer: nn.Module) -> Floats | None:
-    """Return the operator norm that each rank from 0 leaves out, over the whole; None if the format splits no matrix."""
-    problem = cls.rank_problem(read_layer(layer, cls), **variant)
-    if len(problem.limits) != 1:
-        return None
     try:
-        matrices = problem.unfoldings()[0]
-    except LowRankError:
-        return None
+        splitting = [cls for cls in classes if isinstance(layer, cls.replaces) and _splits_a_matrix(cls, layer)]
+    except UnsupportedLayerError as error:
+        return SiteCandidates(site.path, [_dense(site, layer)], error.message)
+    table = low_rank_candidates(site, layer, splitting, multiple=multiple)
+    norms = {(cls, str(variant)): _relative_norms(cls, variant, layer) for cls in splitting for variant in cls.formats}
+
+    def compared(candidate: Candidate) -> float:
+        if candidate.layer_class is None:
+            return 0.0
+        variant = {name: value for name, value in candidate.options.items() if name != "rank"}
+        return float(norms[candidate.layer_class, str(variant)][candidate.options["rank"]])
+
+    candidates = [dataclasses.replace(candidate, compared=compared(candidate)) for candidate in table.candidates]
+    note = table.note if splitting else "ALDS takes formats that split one matrix, such as SVDConv2d"
+    return SiteCandidates(site.path, candidates, note)
+
+
+def _dense(site: Site, layer: nn.Module) -> Candidate:
+    return dataclasses.replace(dense_candidate(site, layer), compared=0.0)
+
+
+def _splits_a_matrix(cls: type[LowRankLayer], layer: nn.Module) -> bool:
+    try:
+        return len(cls.rank_problem(read_layer(layer, cls)).unfoldings()) == 1
+    except RankError:
+        return False
+
+
+def _relative_norms(cls: type[LowRankLayer], variant: dict[str, Any], layer: nn.Module) -> Floats:
+    """Return the operator norm of what each rank from 0 leaves out, over that of the whole."""
+    (matrices,) = cls.rank_problem(read_layer(layer, cls), **variant).unfoldings()
     values: Floats = torch.stack([singular_values(matrix) for matrix in matrices]).amax(0).cpu().numpy()
     return np.append(values, 0.0) / max(float(values[0]), 1e-300)
 
@@ -106,7 +111,7 @@ def musco_candidates(
     References:
         Gusak et al. 2019, "Automated Multi-Stage Compression of Neural Networks".
     """
-    dense = dataclasses.replace(dense_candidate(site, layer), compared=0.0)
+    dense = _dense(site, layer)
     try:
         found = _weakened(_first_format(layer, classes), site, layer, multiple)
     except LowRankError as error:
