@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from lowrank_nn.storage import _rans
+from lowrank_nn.storage import _huffman, _rans
 from lowrank_nn.storage._bits import Bytes
 from lowrank_nn.storage._frequencies import Frequencies
 
@@ -26,4 +26,4 @@ class Coder(Protocol):
         """
 
 
-CODERS: dict[str, Coder] = {"rans": _rans}
+CODERS: dict[str, Coder] = {"rans": _rans, "huffman": _huffman}

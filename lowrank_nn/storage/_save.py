@@ -17,9 +17,9 @@ from lowrank_nn.storage._encoding import DTYPES, Encoding, unstorable
 from lowrank_nn.storage._payload import encode
 from lowrank_nn.storage._structure import StoredTensor, Structure, describe_layers, packings, state_tensors
 
-Coding = Literal["auto", "none"]
+Coding = Literal["auto", "huffman", "none"]
 LISTED_BYTES = 1 << 14  # an entry of its own takes about 100 bytes of header: one half to one per cent at most
-CODER_OF: dict[str, str | None] = {"auto": "rans", "none": None}
+CODER_OF: dict[str, str | None] = {"auto": "rans", "huffman": "huffman", "none": None}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, coding: Coding = "auto") -> int:
@@ -34,15 +34,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, coding: Coding = "au
     Args:
         model: Any module, with or without compressed layers in it; itself one perhaps. Not changed.
         path: The file to write; one that exists is replaced.
-        coding: ``"auto"`` codes; ``"none"`` does not: every tensor then takes exactly the bytes that its layer's
-            ``cost()`` counts, and loading takes no decoding.
+        coding: ``"auto"`` codes; ``"huffman"`` does with Huffman codes, as Deep Compression did, which never take
+            less; ``"none"`` does not: every tensor then takes the bytes that its layer's ``cost()`` counts.
 
     Returns:
         The bytes written.
 
     Raises:
-        OptionError: ``coding`` is neither; the model cannot be written (meta tensors, parametrized modules, layers
-            that are not registered, extra state), listing every reason; or the folder does not exist.
+        OptionError: ``coding`` is none of these; the model cannot be written (meta tensors, parametrized modules,
+            layers that are not registered, extra state), listing every reason; or the folder does not exist.
     """
     return write_file(Path(path), _drafted(model, coding))
 

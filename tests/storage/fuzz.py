@@ -23,6 +23,7 @@ from lowrank_nn.storage import inspect, load, save
 from tests.storage.forge import INDEX, header_end, put_together, take_apart
 from tests.storage.models import EveryEncoding, assert_same_state, every_encoding
 
+CODINGS = ["auto", "huffman"]
 SECONDS = 20  # for files that take a tenth of a second on an idle machine
 SLACK = 2_000_000  # bytes: a structure may inflate to 64 kB, whatever the size of the file
 NUMBERS = [-1, 0, 1, 2, 7, 8, 64, 255, 4096, 65535, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64, 10**400, -(2**63)]
@@ -30,12 +31,12 @@ VALUES = [*NUMBERS, None, True, 0.5, 1e308, "", "rans", "F32", "I8", "BOOL", "\0
 
 
 @functools.cache
-def honest():
+def honest(coding="auto"):
     """The bytes of an honest file, the model in it, and the memory that loading it takes."""
     net = every_encoding()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "honest.lrnn"
-        save(net, path)
+        save(net, path, coding=coding)
         load(path, EveryEncoding())  # what is imported and cached on first use
         tracemalloc.start()
         load(path, EveryEncoding())
@@ -204,7 +205,7 @@ def main():
         path = Path(folder) / "bad.lrnn"
         for name, make in (DAMAGES | FORGERIES).items():
             for _ in range(arguments.files):
-                data = make(rng, honest()[0])
+                data = make(rng, honest(rng.choice(CODINGS))[0])
                 try:
                     outcomes[name, "loaded" if attempt(data, path, forged=name in FORGERIES) else "refused"] += 1
                 except BaseException:

@@ -1,6 +1,4 @@
 import itertools
-import time
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,17 +9,7 @@ from scipy.stats import entropy
 from lowrank_nn.errors import FileFormatError
 from lowrank_nn.storage._frequencies import PRECISIONS, coded_bits, count_symbols, read_table, scale_counts, write_table
 from lowrank_nn.storage._rans import MANY_LANES, MAX_STEPS, coded_size, decode, encode
-
-
-def draw(count, shares, seed=0):
-    shares = np.asarray(shares, float)
-    return np.random.default_rng(seed).choice(len(shares), count, p=shares / shares.sum()).astype(np.uint8)
-
-
-BELL = np.exp(-((np.arange(256) - 127.5) ** 2) / 3200)
-TWO_SIDED = np.exp(-abs(np.arange(16) - 7.5) / 2)
-SPARSE = np.r_[0.7, 0.3 * TWO_SIDED[1:] / TWO_SIDED[1:].sum()]
-GEOMETRIC = 0.8 ** np.arange(60)
+from tests.storage.symbols import BELL, GEOMETRIC, SPARSE, TWO_SIDED, draw
 
 
 def by_the_document(data, count):
@@ -74,15 +62,6 @@ def test_comes_back_also_by_the_document(count, alphabet, shape, seed):
     assert by_the_document(data.tobytes(), count) == (symbols.tolist(), data.size)
 
 
-@pytest.mark.parametrize("symbols", [[], [0], [255], [7] * 1000, [0, 255] * 3, list(range(256)), [0] * 70000 + [1]])
-def test_unusual_symbols(symbols):
-    symbols = np.array(symbols, np.uint8)
-    data = encode(symbols)
-    back, used = decode(np.r_[data, np.arange(5, dtype=np.uint8)], symbols.size)  # what follows is not read
-    assert used == data.size
-    assert np.array_equal(back, symbols)
-
-
 @pytest.mark.parametrize(
     ("shares", "over"),
     [(BELL, 0.006), (TWO_SIDED, 0.006), (SPARSE, 0.011), (GEOMETRIC, 0.009), ([0.9, 0.1], 0.012)],
@@ -108,53 +87,6 @@ def test_the_number_of_steps_is_bounded():
     assert data.size < nearly_one.size / 400  # of which the lanes take half
     assert np.array_equal(decode(data, nearly_one.size)[0], nearly_one)
     assert lanes_of(encode(draw(6_000_000, BELL))) == MANY_LANES
-
-
-def test_decoding_takes_little_memory_beside_the_symbols():
-    symbols = draw(4_000_000, TWO_SIDED)
-    data = encode(symbols)
-    tracemalloc.start()
-    decode(data, symbols.size)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 1.3 * symbols.size
-
-
-@given(st.data())
-def test_damaged_blocks(data):
-    symbols = draw(data.draw(st.sampled_from([1, 40, 3000])), GEOMETRIC)
-    broken = encode(symbols).copy()
-    for _ in range(data.draw(st.integers(1, 5))):
-        broken[data.draw(st.integers(0, broken.size - 1))] = data.draw(st.integers(0, 255))
-    broken = broken[: data.draw(st.integers(0, broken.size))]
-    try:
-        back, used = decode(broken, symbols.size)
-    except FileFormatError:
-        return
-    assert (back.dtype, back.size) == (np.uint8, symbols.size)
-    assert used <= broken.size
-
-
-@given(st.binary(max_size=400), st.integers(1, 2000))
-def test_random_blocks(data, count):
-    data = np.frombuffer(bytes([12, 9]) + data, np.uint8)
-    try:
-        back, _ = decode(data, count)
-    except FileFormatError:
-        return
-    assert back.size == count
-
-
-@pytest.mark.parametrize("count", [10**7, 2**40, 2**62])
-def test_more_symbols_than_the_lanes_may_hold(count):
-    data = encode(np.zeros(100, np.uint8))  # of one symbol every number takes no bits
-    begin = time.perf_counter()
-    with pytest.raises(FileFormatError, match="cannot hold"):
-        decode(data, count)
-    data[2:6] = 255
-    with pytest.raises(FileFormatError, match="cannot hold"):
-        decode(data, count)
-    assert time.perf_counter() - begin < 1
 
 
 @given(
