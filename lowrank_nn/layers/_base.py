@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
 from lowrank_nn.cost import Cost, conv_output_size, dense_cost, tensor_cost
@@ -160,7 +161,21 @@ class CompressedLayer(nn.Module, abc.ABC):
     @classmethod
     def empty(cls, *, device: torch.device | str | None, dtype: torch.dtype | None, **config: Any) -> Self:
         """Build a layer from its ``config`` with memory not yet filled; no random number is drawn."""
-        return cls(**config, device="meta", dtype=dtype).to_empty(device=device or "cpu")
+        with _NoDraws():
+            new = cls(**config, device="meta", dtype=dtype)
+        device = torch.device(device or "cpu")
+        return new if device.type == "meta" else new.to_empty(device=device)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves tensors as they are where an initialisation would fill them: on the meta device that is slow."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def layer_cost(layer: nn.Module, input_shape: Sequence[int]) -> Cost:

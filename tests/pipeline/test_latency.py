@@ -24,13 +24,13 @@ def make():
     return nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(64, 96, 3, padding=1, stride=2),
+        nn.Conv2d(64, 64, 3, padding=1, stride=2),
         nn.ReLU(),
-        nn.Conv2d(96, 96, 3, padding=1),
+        nn.Conv2d(64, 64, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(96, 96, 3, padding=1),
+        nn.Conv2d(64, 64, 3, padding=1, stride=2),
         nn.Flatten(),
-        nn.Linear(96 * 64, 40),
+        nn.Linear(64 * 16, 40),
     )
 
 
@@ -73,7 +73,7 @@ def share_of_time(timer, model, small, inputs=X):
     return times[1] / times[0]
 
 
-@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
+@pytest.mark.parametrize("share", [0.3, 0.7])
 def test_the_result_takes_the_share_that_was_asked(net, machine, share):
     result = compress(net, latency=share)
     assert 0.93 * share <= share_of_time(machine, net, result.model) <= 1.02 * share
@@ -82,10 +82,9 @@ def test_the_result_takes_the_share_that_was_asked(net, machine, share):
     assert result.report.latency.before > 0
 
 
-@pytest.mark.parametrize("share", [0.4, 0.7])
-@pytest.mark.parametrize(("surprise", "penalty"), [(0.35, 1.0), (0.0, 30.0), (0.3, 10.0)])
+@pytest.mark.parametrize(("share", "surprise", "penalty"), [(0.4, 0.35, 1.0), (0.7, 0.0, 30.0), (0.5, 0.3, 10.0)])
 def test_the_end_is_within_ten_per_cent_where_estimates_are_wrong(monkeypatch, net, share, surprise, penalty):
-    timer = on_a_machine(monkeypatch, FakeTimer(surprise, penalty))
+    on_a_machine(monkeypatch, FakeTimer(surprise, penalty))
     report = plan(net, latency=share)
     assert 0.9 * share <= 1 / report.speedup <= 1.1 * share
 
@@ -104,8 +103,8 @@ def test_the_plan_is_timed_and_learned_from(monkeypatch, net, caplog):
 def test_more_time_means_less_error(net, machine):
     x = X
     with torch.no_grad():
-        errors = [float((compress(net, latency=share).model(x) - net(x)).norm()) for share in (0.2, 0.5, 0.9)]
-    assert errors[0] > errors[1] > errors[2]
+        errors = [float((compress(net, latency=share).model(x) - net(x)).norm()) for share in (0.3, 0.8)]
+    assert errors[0] > errors[1]
 
 
 def test_all_the_time_leaves_all_dense(net, machine):
@@ -221,7 +220,7 @@ def test_a_recipe_that_does_not_choose_is_only_timed(net, machine):
         plan(net, recipe, latency=0.1)
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("vgg16", "inception")])
+@pytest.mark.parametrize("name", ["alexnet", "vit", "transformer", "unet", "crnn", "tied", "control_flow"])
 def test_every_architecture_ends_near_what_is_asked_or_says_why_not(monkeypatch, name):
     model, inputs = ZOO[name]()
     timer = on_a_machine(monkeypatch, FakeTimer(surprise=0.1))

@@ -1,6 +1,5 @@
 """The clock on a machine whose times are a formula."""
 
-import copy
 import json
 
 import pytest
