@@ -116,7 +116,8 @@ def test_pruning_later_widens_the_share_of_bytes_and_not_of_params(net):
 
 
 def test_a_later_step_that_adds_bytes_narrows_the_share(net):
-    recipe = [lnn.LowRank(formats=MATRICES, data_aware=False), lnn.Prune(0.01)]  # masks cost a bit per weight, and save little
+    # Masks cost a bit per weight, and save little.
+    recipe = [lnn.LowRank(formats=MATRICES, data_aware=False), lnn.Prune(0.01)]
     before = compress(net, bytes=0.3).report.after.bytes
     result = compress(net, recipe, bytes=0.3)
     assert 0.27 <= result.report.after.bytes / result.report.before.bytes <= 0.3
@@ -159,7 +160,7 @@ def test_a_step_before_low_rank_counts(net):
 
 def test_a_shared_layer_is_paid_once_and_called_twice():
     model, tokens = ZOO["tied"]()
-    report = lnn.compress_model(model, tokens, lnn.LowRank(formats=MATRICES, data_aware=False), budget=lnn.Budget(macs=0.9)).report
+    report = lnn.compress_model(model, tokens, lnn.LowRank(formats=MATRICES), budget=lnn.Budget(macs=0.9)).report
     row = next(row for row in report.rows if row.path == "mix")
     assert row.after.macs == 2 * 18 * (row.after.params - 24)
 
