@@ -1,7 +1,6 @@
 """Steps, recipes, plan() and compress_model()."""
 
 from lowrank_nn.pipeline.apply import Apply as Apply
-from lowrank_nn.pipeline.compress import Result as Result
 from lowrank_nn.pipeline.compress import compare as compare
 from lowrank_nn.pipeline.compress import compress_model as compress_model
 from lowrank_nn.pipeline.compress import plan as plan
@@ -10,6 +9,8 @@ from lowrank_nn.pipeline.lowrank import LowRank as LowRank
 from lowrank_nn.pipeline.prune import Prune as Prune
 from lowrank_nn.pipeline.quantize import Quantize as Quantize
 from lowrank_nn.pipeline.recipes import RECIPES as RECIPES
+from lowrank_nn.pipeline.result import Probe as Probe
+from lowrank_nn.pipeline.result import Result as Result
 from lowrank_nn.pipeline.state import Decision as Decision
 from lowrank_nn.pipeline.state import State as State
 from lowrank_nn.pipeline.state import Step as Step

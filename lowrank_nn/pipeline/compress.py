@@ -21,26 +21,13 @@ from lowrank_nn.pipeline.latency import dry_run_in_time
 from lowrank_nn.pipeline.lowrank import LowRank
 from lowrank_nn.pipeline.random_state import preserved_random_state
 from lowrank_nn.pipeline.recipes import Recipe, read_recipe
+from lowrank_nn.pipeline.result import Result
+from lowrank_nn.pipeline.search import smallest_within
 from lowrank_nn.pipeline.state import State, Step
 from lowrank_nn.planning import Budget
 from lowrank_nn.report import Latency, Report, make_report
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A compressed model and the account of it.
-
-    Attributes:
-        model: The compressed model: an ordinary module with the same forward, in the mode of the given one.
-        report: What became of each layer, computed from ``model``.
-        plan: What was planned, as :func:`plan` returns it.
-    """
-
-    model: nn.Module
-    report: Report
-    plan: Report
 
 
 def plan(
@@ -56,9 +43,9 @@ def plan(
     """Return the table that :func:`compress_model` would end with, without compressing.
 
     The recipe runs on the meta device. What decisions depend on is computed (ranks of rules, errors of candidates, from
-    the weights or from the calibration data); nothing is trained, and no layer replaced. Layers count as often as the given model calls them;
-    where that depends on values, compression may change it. So may the choice of what to prune with
-    ``granularity="shape"``, of which the plan counts what can remain at most.
+    the weights or from the calibration data); nothing is trained, and no layer replaced. Layers count as often as the
+    given model calls them; where that depends on values, compression may change it. So may the choice of what to prune
+    with ``granularity="shape"``, of which the plan counts what can remain at most.
 
     Args:
         model: The trained model; not changed.
@@ -74,6 +61,11 @@ def plan(
         CalibrationError: A step needs calibration data and there are none.
     """
     steps = read_recipe(recipe)
+    if budget is not None and budget.accuracy_drop is not None:
+        raise PlanError(
+            "plan: a budget of accuracy_drop needs models compressed and evaluated, which compress_model does. Plan "
+            "with a share, such as Budget(params=0.3)."
+        )
     with preserved_random_state(seed):
         dense = record(model, example_inputs)
         start = State(model, model, dense, example_inputs, calibration, budget, seed=seed, progress=progress)
@@ -101,7 +93,8 @@ def compress_model(
         example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keywords.
         recipe: Steps in order (``LowRank``, ``Apply``, ``Prune``, ``Quantize``, ``FineTune``), or the name of a
             published recipe (``"one-shot"``); ``[LowRank()]`` if left out.
-        budget: What may remain at the end of the recipe, as shares of the dense model.
+        budget: What may remain at the end of the recipe, as shares of the dense model; or the drop of accuracy within
+            which the smallest model is wanted, for which up to eight are compressed.
         calibration: Batches of inputs, labels in them ignored: what ``LowRank`` chooses and fits by, and what steps
             that quantize activations measure.
         seed: Seed of everything random. The same inputs and seed give the same bits on the same machine.
@@ -115,6 +108,7 @@ def compress_model(
     Raises:
         PlanError: The recipe or the budget cannot be carried out on this model.
         CalibrationError: A step needs calibration data and there are none, or they are not usable.
+        BudgetError: The budget cannot be met.
         TrainingError: Fine-tuning met a loss that is not finite.
         LowRankError: The compressed model returns values that are not finite where the dense one's are.
     """
@@ -124,18 +118,32 @@ def compress_model(
     with preserved_random_state(seed):
         dense = record(model, example_inputs)
         start = State(model, model, dense, example_inputs, calibration, budget, seed=seed, progress=progress)
+        if budget is not None and budget.accuracy_drop is not None:
+            result = smallest_within(start, steps, lambda state: _compress(state, steps))
+        else:
+            result = _compress(start, steps)
+        if measure_speed and result.report.latency is None:
+            latency = _latency(model, result.model, example_inputs)
+            result = dataclasses.replace(result, report=dataclasses.replace(result.report, latency=latency))
+    return result
+
+
+def _compress(start: State, steps: list[Step]) -> Result:
+    """Decide the recipe and carry it out on a copy."""
+    dense, model = start.original, start.dense
+    with preserved_random_state(start.seed):
         planned = dry_run_in_time(start, steps)
         state = dataclasses.replace(start, model=_working_copy(model, _replaced_at_once(steps, planned)))
         for index, (step, decisions) in enumerate(zip(steps, planned.decisions, strict=True), 1):
             logger.info("step %d of %d: %r", index, len(steps), step)
             step.execute(state, decisions)
-        small = _record_result(state.model, example_inputs)
+        small = _record_result(state.model, start.example_inputs)
         _refuse_broken(dense, small)
         report = make_report(
             "result", (model, dense), (state.model, small), left=planned.left(dense), remarks=state.remarks
         )
-        if measure_speed or planned.latency is not None:
-            report = dataclasses.replace(report, latency=_latency(model, state.model, example_inputs))
+        if planned.latency is not None:
+            report = dataclasses.replace(report, latency=_latency(model, state.model, start.example_inputs))
     return Result(state.model, report, _plan_report(start, planned))
 
 
