@@ -34,3 +34,30 @@ def test_a_budget_of_nothing_is_refused():
 def test_scaling_stops_at_the_whole_model():
     assert Budget(params=0.3, bytes=0.1).scaled(4) == Budget(params=1.0, bytes=0.4)
     assert Budget(params=0.3).scaled(0.5) == Budget(params=0.15)
+
+
+def metric(model):
+    return 1.0
+
+
+def test_a_drop_of_accuracy():
+    budget = Budget(accuracy_drop=0.5, evaluate=metric, of="macs", bytes=0.4)
+    assert budget.shares() == {"bytes": 0.4}
+    assert budget.with_share(0.2) == Budget(bytes=0.4, macs=0.2)
+    assert Budget(accuracy_drop=0, evaluate=metric).with_share(0.3) == Budget(params=0.3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accuracy_drop": 0.5}, "belong together"),
+        ({"evaluate": metric}, "belong together"),
+        ({"accuracy_drop": -1, "evaluate": metric}, "accuracy_drop must be a finite number from 0"),
+        ({"accuracy_drop": float("nan"), "evaluate": metric}, "accuracy_drop must be a finite number from 0"),
+        ({"accuracy_drop": 1, "evaluate": metric, "of": "flops"}, "of must be one of params, macs, bytes, latency"),
+        ({"params": 0.5, "of": "macs"}, "and there is none"),
+    ],
+)
+def test_searches_that_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        Budget(**options)
