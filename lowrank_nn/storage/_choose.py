@@ -18,6 +18,7 @@ from lowrank_nn.storage._payload import GAP_COUNT, symbols_of
 
 HEADER_COST = 64  # about what the header grows by where a tensor is not stored whole: saving less is no saving
 WORTH = 0.98  # what coding must at least take off to be worth the time of decoding
+MIN_ZEROS = 1 / 8  # share of zeros below which gaps cannot save that: not worth looking
 
 
 def choose_encoding(
@@ -78,7 +79,7 @@ def _plain(base: Encoding, numbers: Values, nonzero: Values | None) -> Iterator[
 def _coded(base: Encoding, numbers: Values, nonzero: Values | None, coder: str) -> Iterator[tuple[Encoding, int]]:
     """Yield encodings with a coded part, and about how many bytes they take."""
     yield from _coded_values(base, numbers, coder)
-    if nonzero is None:
+    if nonzero is None or (base.dtype != "BOOL" and numbers.size - nonzero.size < MIN_ZEROS * numbers.size):
         return
     gaps = to_gaps(numbers != 0)
     front = GAP_COUNT + _coded_size(gaps, coder)

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import os
 import secrets
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ class Contents:
 
 
 def digest(data: Bytes) -> str:
-    """Return the checksum of a payload: BLAKE2b, 8 bytes, as hex."""
-    return hashlib.blake2b(data.data, digest_size=8).hexdigest()
+    """Return the checksum of a payload: CRC-32, as hex; of hundreds of MB a cryptographic one takes seconds."""
+    return f"{zlib.crc32(data.data):08x}"
 
 
 def make_file(structure: Any, listed: Mapping[str, tuple[Entry, Bytes]], gathered: Sequence[Bytes]) -> list[Bytes]:
@@ -107,24 +108,21 @@ def read_file(path: Path) -> Contents:
         FileFormatError: The file is not one that ``save`` wrote, or is damaged.
     """
     with path.open("rb") as file:
-        buffer = bytearray(os.fstat(file.fileno()).st_size)
-        length = file.readinto(buffer)
-    if length != len(buffer) or length < LENGTH_BYTES:
+        buffer = np.empty(os.fstat(file.fileno()).st_size, np.uint8)  # not bytearray, which fills itself with zeros
+        length = file.readinto(buffer.data)
+    if length != buffer.size or length < LENGTH_BYTES:
         raise FileFormatError(f"the file is {length} bytes long, too short to be one that save wrote.")
-    end = LENGTH_BYTES + int.from_bytes(buffer[:LENGTH_BYTES], "little")
+    end = LENGTH_BYTES + int.from_bytes(buffer[:LENGTH_BYTES].tobytes(), "little")
     if end > min(length, MAX_JSON):
         raise FileFormatError(
             f"the file is truncated or was not written by save: it announces a header of {end - LENGTH_BYTES} bytes "
             f"and is {length} bytes long."
         )
-    entries = _open_header(_parse_header(bytes(buffer[LENGTH_BYTES:end])))
-    data = torch.frombuffer(buffer, dtype=torch.uint8)
-    listed, stored_as = _split(entries, data[end:])
+    entries = _open_header(_parse_header(buffer[LENGTH_BYTES:end].tobytes()))
+    listed, stored_as = _split(entries, torch.from_numpy(buffer[end:]))
     index = listed.pop(INDEX).numpy()
     del stored_as[INDEX]
-    if index.size < FRONT or index[:CHECKSUM_BYTES].tobytes() != _checksum(
-        [data[:end].numpy(), index[CHECKSUM_BYTES:]]
-    ):
+    if index.size < FRONT or index[:CHECKSUM_BYTES].tobytes() != _checksum([buffer[:end], index[CHECKSUM_BYTES:]]):
         raise FileFormatError("the header and the small tensors do not match their checksum: the file is damaged.")
     middle = FRONT + int.from_bytes(index[CHECKSUM_BYTES:FRONT].tobytes(), "little")
     if middle > index.size:

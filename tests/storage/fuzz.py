@@ -8,7 +8,6 @@ or more than twice the memory that the honest file takes.
 import argparse
 import copy
 import functools
-import hashlib
 import json
 import random
 import tempfile
@@ -137,7 +136,7 @@ def recoded(rng, data):
     for key, entry in structure["tensors"].items():
         if key in header:
             begin, end = header[key]["data_offsets"]
-            checksum = hashlib.blake2b(listed[begin:end], digest_size=8).hexdigest()
+            checksum = f"{zlib.crc32(listed[begin:end]):08x}"
             if isinstance(entry, dict):
                 entry["checksum"] = checksum
             else:
