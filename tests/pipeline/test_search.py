@@ -11,6 +11,10 @@ from torch import nn
 import lowrank_nn as lnn
 from lowrank_nn.layers.tucker import _TuckerProblem
 from lowrank_nn.pipeline import compress, lowrank
+from lowrank_nn.pipeline import search as search_module
+from lowrank_nn.planning import Clock
+from tests.fake_timer import FakeTimer
+from tests.pipeline.test_latency import share_of_time
 from tests.storage.models import seeded
 
 MATRICES = (lnn.SVDConv2d, lnn.SVDLinear, lnn.TuckerConv2d)
@@ -19,6 +23,10 @@ X = torch.linspace(-1, 1, 2 * 3 * 9 * 9).reshape(2, 3, 9, 9)
 
 def make_net():
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.Flatten(), nn.Linear(600, 20))
+
+
+def wide_net():
+    return nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
 
 
 @pytest.fixture
@@ -87,6 +95,26 @@ def test_another_quantity(net, of):
 
     report = search(net, evaluate, 4.0, of=of).report
     assert 0.6 <= getattr(report.after, of) / getattr(report.before, of) < 0.65
+
+
+def test_latency_is_searched_on_one_clock(monkeypatch):
+    timer = FakeTimer()
+    clocks = []
+
+    def make_clock(*args):
+        clocks.append(Clock(*args, timer=timer))
+        return clocks[-1]
+
+    monkeypatch.setattr(search_module, "Clock", make_clock)
+    net = seeded(wide_net).eval()
+
+    def evaluate(model):
+        return 10 * share_of_time(timer, net, model, X)
+
+    result = search(net, evaluate, 4.0, of="latency")
+    assert len(clocks) == 1
+    assert 0.6 <= min(p.metric for p in result.probes if p.drop <= 4.0) / 10 < 0.75
+    assert 0.55 < result.plan.latency.after / result.plan.latency.before < 0.75
 
 
 def test_other_shares_are_limits(net):
