@@ -12,6 +12,7 @@ from lowrank_nn.errors import BudgetError as BudgetError
 from lowrank_nn.errors import CalibrationError as CalibrationError
 from lowrank_nn.errors import FileFormatError as FileFormatError
 from lowrank_nn.errors import LowRankError as LowRankError
+from lowrank_nn.errors import MissingExtraError as MissingExtraError
 from lowrank_nn.errors import OptionError as OptionError
 from lowrank_nn.errors import PlanError as PlanError
 from lowrank_nn.errors import RankError as RankError
@@ -45,8 +46,10 @@ from lowrank_nn.pipeline import Step as Step
 from lowrank_nn.pipeline import compare as compare
 from lowrank_nn.pipeline import compress_model as compress_model
 from lowrank_nn.pipeline import plan as plan
+from lowrank_nn.pipeline import sweep as sweep
 from lowrank_nn.planning import Budget as Budget
 from lowrank_nn.report import Report as Report
+from lowrank_nn.report import plot_sweep as plot_sweep
 from lowrank_nn.storage import inspect as inspect
 from lowrank_nn.storage import load as load
 from lowrank_nn.storage import save as save

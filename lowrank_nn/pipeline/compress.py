@@ -1,4 +1,4 @@
-"""The two calls that a user makes: plan() and compress_model()."""
+"""The calls that a user makes: plan(), compress_model(), sweep(), and compare()."""
 
 from __future__ import annotations
 
@@ -66,9 +66,8 @@ def plan(
             "plan: a budget of accuracy_drop needs models compressed and evaluated, which compress_model does. Plan "
             "with a share, such as Budget(params=0.3)."
         )
+    start = _start(model, example_inputs, budget, calibration, seed, progress)
     with preserved_random_state(seed):
-        dense = record(model, example_inputs)
-        start = State(model, model, dense, example_inputs, calibration, budget, seed=seed, progress=progress)
         return _plan_report(start, dry_run_in_time(start, steps))
 
 
@@ -112,18 +111,69 @@ def compress_model(
         TrainingError: Fine-tuning met a loss that is not finite.
         LowRankError: The compressed model returns values that are not finite where the dense one's are.
     """
-    steps = read_recipe(recipe)
+    start, steps = _start(model, example_inputs, budget, calibration, seed, progress), read_recipe(recipe)
+    return _compress_and_time(start, steps, measure_speed)
+
+
+def sweep(
+    model: nn.Module,
+    example_inputs: Any,
+    budgets: Iterable[Budget],
+    recipe: Recipe | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    measure_speed: bool = False,
+) -> Iterator[Result]:
+    """Compress a trained network under one budget after the other, and yield a result for each.
+
+    The results are those of :func:`compress_model`; but what the recipe learns from weights, calibration data and
+    timings it learns once.
+
+    Args:
+        model: The trained model; not changed.
+        example_inputs: What the model is called with.
+        budgets: What may remain at the end of the recipe, each in turn.
+        recipe: As for :func:`compress_model`.
+        calibration: As for :func:`compress_model`.
+        seed: Seed of everything random, the same for every budget.
+        progress: Whether to show progress bars, on a terminal.
+        measure_speed: Whether to time both models for the reports.
+
+    Raises:
+        LowRankError: Whatever :func:`compress_model` raises, when a budget's turn comes.
+    """
+    start, steps = _start(model, example_inputs, None, calibration, seed, progress), read_recipe(recipe)
+    for budget in budgets:
+        yield _compress_and_time(dataclasses.replace(start, budget=budget, remarks={}), steps, measure_speed)
+
+
+def _start(
+    model: nn.Module,
+    example_inputs: Any,
+    budget: Budget | None,
+    calibration: Iterable[Any] | None,
+    seed: int,
+    progress: bool,
+) -> State:
+    """Return the state that a recipe starts from."""
     if isinstance(calibration, Iterator):
         calibration = list(calibration)  # several steps may go through it
     with preserved_random_state(seed):
-        dense = record(model, example_inputs)
-        start = State(model, model, dense, example_inputs, calibration, budget, seed=seed, progress=progress)
-        if budget is not None and budget.accuracy_drop is not None:
+        original = record(model, example_inputs)
+    return State(model, model, original, example_inputs, calibration, budget, seed=seed, progress=progress)
+
+
+def _compress_and_time(start: State, steps: list[Step], measure_speed: bool) -> Result:
+    """Carry the recipe out, once or as often as the search for an accuracy takes."""
+    with preserved_random_state(start.seed):
+        if start.budget is not None and start.budget.accuracy_drop is not None:
             result = smallest_within(start, steps, lambda state: _compress(state, steps))
         else:
             result = _compress(start, steps)
         if measure_speed and result.report.latency is None:
-            latency = _latency(model, result.model, example_inputs)
+            latency = _latency(start.dense, result.model, start.example_inputs)
             result = dataclasses.replace(result, report=dataclasses.replace(result.report, latency=latency))
     return result
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from lowrank_nn.errors import BudgetError
 from lowrank_nn.graph import Recording
 from lowrank_nn.graph.derive import meta_copy
-from lowrank_nn.layers import LAYERS
+from lowrank_nn.layers import LAYERS, LowRankLayer
 from lowrank_nn.pipeline.state import Decision, State, Step
+from lowrank_nn.planning import LayerChoices
 
 _SEARCHES = 10
 _NARROWEST = 0.25
@@ -48,6 +49,17 @@ class DryRun:
     def errors(self) -> dict[str, float]:
         """Return the predicted relative weight errors by path."""
         return {d.path: d.error for decisions in self.decisions for d in decisions if d.error is not None}
+
+    def choices(self) -> tuple[LayerChoices, ...]:
+        """Return what low-rank steps chose for each layer, and out of what."""
+        found = []
+        for decision in (decision for decisions in self.decisions for decision in decisions):
+            cls = decision.layer_class
+            if cls is not None and issubclass(cls, LowRankLayer):
+                found.append(LayerChoices(decision.path, cls, decision.options, decision.candidates))
+            elif decision.candidates:
+                found.append(LayerChoices(decision.path, None, {}, decision.candidates))
+        return tuple(found)
 
     def left(self, dense: Recording) -> dict[str, tuple[str, ...]]:
         """Return reason to paths of all layers that a step, or all of them, left as they were."""

@@ -18,7 +18,7 @@ from lowrank_nn.pipeline.apply import class_for, decide_layer, refusal
 from lowrank_nn.pipeline.evidence import Evidence, carry_out, changed_since_given, gather
 from lowrank_nn.pipeline.select import Patterns, select, strictest
 from lowrank_nn.pipeline.state import Decision, State, Step
-from lowrank_nn.planning import Budget, Clock, SiteCandidates, TimedCandidates
+from lowrank_nn.planning import Budget, Candidate, Clock, SiteCandidates, TimedCandidates
 from lowrank_nn.planning.constraints import checked_multiple, checked_shares, in_multiples, within_shares
 from lowrank_nn.planning.rules import ALLOCATIONS, AllocationRule
 
@@ -249,10 +249,13 @@ class LowRank(Step):
         return (self._classes(), self._rule().candidates, self.multiple_of)
 
 
-def _decision(table: SiteCandidates, candidate: Any) -> Decision:
+def _decision(table: SiteCandidates, candidate: Candidate | None) -> Decision:
+    every = tuple(table.candidates)
     if candidate is None or candidate.layer_class is None:
-        return Decision(table.path, None, note=table.note or "dense within the budget: other layers lose less")
-    return Decision(table.path, candidate.layer_class, candidate.options, error=math.sqrt(candidate.error))
+        note = table.note or "dense within the budget: other layers lose less"
+        return Decision(table.path, None, note=note, candidates=every)
+    error = math.sqrt(candidate.error)
+    return Decision(table.path, candidate.layer_class, candidate.options, error=error, candidates=every)
 
 
 def _cannot_be_met(target: Budget, state: State, fixed: NDArray[np.float64], tables: list[SiteCandidates]) -> str:

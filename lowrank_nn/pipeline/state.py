@@ -15,7 +15,7 @@ from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Recording, Site, model_cost, replace_module
 from lowrank_nn.graph.derive import derive_recording
 from lowrank_nn.layers import CompressedLayer
-from lowrank_nn.planning import Budget, Clock
+from lowrank_nn.planning import Budget, Candidate, Clock
 
 Item = TypeVar("Item")
 
@@ -30,6 +30,7 @@ class Decision:
         options: What ``from_pretrained_layer`` is called with, apart from measured data.
         note: Why the layer stays as it is; empty where it is replaced.
         error: Predicted relative change of the weight, ||W - W'|| / ||W||, where the step knows it.
+        candidates: What the step chose from, the dense layer first, where there was a choice.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Decision:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ""
     error: float | None = None
+    candidates: tuple[Candidate, ...] = dataclasses.field(default=(), repr=False)
 
 
 @dataclasses.dataclass

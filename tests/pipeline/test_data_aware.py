@@ -9,6 +9,7 @@ from torch import nn
 import lowrank_nn as lnn
 from lowrank_nn.graph import call_model
 from lowrank_nn.graph.inputs import tensors
+from lowrank_nn.pipeline import evidence
 from tests.zoo import ZOO
 
 MATRICES = (lnn.SVDConv2d, lnn.SVDLinear, lnn.TuckerConv2d)
@@ -193,3 +194,17 @@ def test_zoo(name):
         flat = [(torch.cat([t.flatten() for t in tensors(y)]) for y in pair) for pair in pairs]
         errors.append(sum(float((a - b).square().sum()) for a, b in flat))
     assert errors[1] < errors[0]
+
+
+def test_a_sweep_is_one_call_after_the_other_that_learns_once(net, monkeypatch):
+    gathered = []
+    original = evidence.collect_metrics
+    monkeypatch.setattr(evidence, "collect_metrics", lambda *a, **k: gathered.append(1) or original(*a, **k))
+    budgets = [lnn.Budget(params=share) for share in (0.6, 0.3)]
+    swept = list(lnn.sweep(net, TEST[:1], budgets, calibration=BATCHES, progress=False))
+    assert len(gathered) == 1
+    for result, budget in zip(swept, budgets, strict=True):
+        alone = lnn.compress_model(net, TEST[:1], budget=budget, calibration=BATCHES, progress=False)
+        assert result.report == alone.report
+        for one, two in zip(result.model.state_dict().values(), alone.model.state_dict().values(), strict=True):
+            assert torch.equal(one, two)
