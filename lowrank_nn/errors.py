@@ -58,5 +58,9 @@ class TrainingError(LowRankError, RuntimeError):
     """Training that cannot go on, such as a loss that is not finite."""
 
 
+class MissingExtraError(LowRankError, ImportError):
+    """A package that is needed for this and not installed."""
+
+
 class FileFormatError(LowRankError, ValueError):
     """A file that is damaged, or does not fit the model it is loaded into."""

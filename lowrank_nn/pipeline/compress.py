@@ -190,7 +190,12 @@ def _compress(start: State, steps: list[Step]) -> Result:
         small = _record_result(state.model, start.example_inputs)
         _refuse_broken(dense, small)
         report = make_report(
-            "result", (model, dense), (state.model, small), left=planned.left(dense), remarks=state.remarks
+            "result",
+            (model, dense),
+            (state.model, small),
+            left=planned.left(dense),
+            remarks=state.remarks,
+            choices=planned.choices(),
         )
         if planned.latency is not None:
             report = dataclasses.replace(report, latency=_latency(model, state.model, start.example_inputs))
@@ -223,6 +228,7 @@ def _plan_report(start: State, planned: DryRun) -> Report:
         (after.model, after.recording()),
         left=planned.left(start.original),
         errors=planned.errors(),
+        choices=planned.choices(),
     )
     if planned.latency is None:
         return report

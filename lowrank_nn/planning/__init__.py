@@ -11,5 +11,6 @@ from lowrank_nn.planning.fisher import BatchLoss as BatchLoss
 from lowrank_nn.planning.fisher import diagonal_fisher as diagonal_fisher
 from lowrank_nn.planning.latency import TimedCandidates as TimedCandidates
 from lowrank_nn.planning.latency import present_layers as present_layers
+from lowrank_nn.planning.layer_choices import LayerChoices as LayerChoices
 from lowrank_nn.planning.metrics import collect_metrics as collect_metrics
 from lowrank_nn.planning.ranges import collect_input_ranges as collect_input_ranges

@@ -1,5 +1,6 @@
 """Tables of what compression did and what it cost."""
 
+from lowrank_nn.report.plots import plot_sweep as plot_sweep
 from lowrank_nn.report.report import Latency as Latency
 from lowrank_nn.report.report import Report as Report
 from lowrank_nn.report.report import Row as Row

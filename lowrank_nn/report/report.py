@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from lowrank_nn.cost import Cost
 from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Recording, Site, model_cost, site_cost
 from lowrank_nn.layers import CompressedLayer
-from lowrank_nn.report import render
+from lowrank_nn.planning import LayerChoices
+from lowrank_nn.report import plots, render
 from lowrank_nn.report.describe import describe
 from lowrank_nn.storage import packed_size
 
@@ -88,6 +90,7 @@ class Report:
         left: Reason to paths of the layers that a step left as they were.
         latency: Measured times, if asked for.
         remarks: What else there is to know about layers: remark to paths.
+        choices: What low-rank steps chose for each layer and out of what, for pictures.
     """
 
     title: str
@@ -99,6 +102,7 @@ class Report:
     left: dict[str, tuple[str, ...]]
     latency: Latency | None = None
     remarks: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    choices: tuple[LayerChoices, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def compression_rate(self) -> dict[str, float]:
@@ -123,6 +127,34 @@ class Report:
     def __str__(self) -> str:
         return render.to_text(self)
 
+    def plot(self, path: str | Path, *, cost: str = "params", most: int = 30) -> None:
+        """Save a picture of each layer's candidates, error against cost, with the chosen one.
+
+        Args:
+            path: File to write; its ending says the format (png, pdf, svg).
+            cost: ``"params"``, ``"macs"``, ``"bytes"`` or ``"latency"`` (with a budget of it).
+            most: Layers to draw at most; the largest are taken.
+
+        Raises:
+            OptionError: No step chose under a budget, or there is no such cost or format.
+            MissingExtraError: matplotlib is not installed.
+        """
+        plots.save_figure(plots.candidates_figure(self.choices, cost, most), path)
+
+    def plot_spectra(self, path: str | Path, model: nn.Module, *, most: int = 30) -> None:
+        """Save a picture of the singular values that each layer's rank cuts off, with the rank.
+
+        Args:
+            path: File to write; its ending says the format (png, pdf, svg).
+            model: The dense model, whose weights are decomposed for this.
+            most: Layers to draw at most; the largest are taken.
+
+        Raises:
+            OptionError: No layer has a rank that is one of matrices, or there is no such format.
+            MissingExtraError: matplotlib is not installed.
+        """
+        plots.save_figure(plots.spectra_figure(self.choices, model, most), path)
+
     def to_markdown(self) -> str:
         """Return the report as Markdown tables."""
         return render.to_markdown(self)
@@ -131,7 +163,7 @@ class Report:
         return render.to_html(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON-able values."""
+        """Return everything but ``choices`` as JSON-able values."""
         return {
             "title": self.title,
             "rows": [dataclasses.asdict(row) for row in self.rows],
@@ -156,6 +188,7 @@ def make_report(
     left: dict[str, tuple[str, ...]],
     errors: dict[str, float] | None = None,
     remarks: dict[str, tuple[str, ...]] | None = None,
+    choices: tuple[LayerChoices, ...] = (),
 ) -> Report:
     """Compare a model before and after compression.
 
@@ -166,6 +199,7 @@ def make_report(
         left: Reason to paths of the layers that were left as they were.
         errors: Predicted relative weight errors, for a plan; without them the errors are measured and the files sized.
         remarks: What else there is to know about layers: remark to paths.
+        choices: What low-rank steps chose for each layer, and out of what.
     """
     rows = []
     counted: tuple[set[Tensor], set[Tensor]] = (set(), set())
@@ -179,7 +213,7 @@ def make_report(
     before, after_all = model_cost(*dense), model_cost(*small)
     rest = after_all - sum((row.after for row in rows), Cost())
     files = _file_bytes(dense[0], small[0]) if errors is None else None
-    return Report(title, tuple(rows), rest, before, after_all, files, left, remarks=remarks or {})
+    return Report(title, tuple(rows), rest, before, after_all, files, left, remarks=remarks or {}, choices=choices)
 
 
 def _file_bytes(dense: nn.Module, small: nn.Module) -> tuple[int, int] | None:

@@ -1,0 +1,258 @@
+"""Pictures: what each layer had to choose from, its spectrum, and accuracy against size over a sweep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from lowrank_nn.errors import MissingExtraError, OptionError
+from lowrank_nn.planning import Candidate, LayerChoices
+from lowrank_nn.report.render import count
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which people tell apart whatever colours they see; markers say the same in black and white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "^", "s", "D", "v", "P", "X")
+_PANEL = (2.3, 1.75)  # inches
+_COLUMNS = 6
+_FLOOR = 1e-3  # singular values below this share of the largest are not drawn
+_COSTS = {"params": "parameters", "macs": "MACs", "bytes": "bytes", "latency": "measured time"}
+_QUANTITIES = {"params": "parameters", "macs": "multiply-accumulates", "bytes": "bytes", "ms": "latency (ms)"}
+
+
+def candidates_figure(choices: Sequence[LayerChoices], cost: str = "params", most: int = 30) -> Figure:
+    """Draw, for each layer, the error of every candidate against its cost, and which one was chosen.
+
+    Args:
+        choices: The choices of each layer.
+        cost: ``"params"``, ``"macs"``, ``"bytes"`` or ``"latency"``.
+        most: Layers to draw at most; the most expensive ones are taken.
+
+    Raises:
+        OptionError: There is nothing to draw, or no such cost.
+        MissingExtraError: matplotlib is not installed.
+    """
+    if cost not in _COSTS:
+        raise OptionError(f"plot: cost must be one of {', '.join(_COSTS)}, got {cost!r}.")
+    known = [layer for layer in choices if len(layer.candidates) > 1 and _cost(layer.candidates[0], cost) > 0]
+    shown = _largest(known, [_cost(layer.candidates[0], cost) for layer in known], most)
+    if not shown:
+        raise OptionError(
+            "plot: there are no candidates to draw. They come with LowRank() under a budget, without a rank rule; the "
+            "latency only with a budget of it."
+        )
+    figure, panels = _panels(len(shown), sharex=True, sharey=True)
+    names = sorted({_name(candidate) for layer in shown for candidate in layer.candidates[1:]})
+    for axes, layer in zip(panels, shown, strict=True):
+        _draw_candidates(axes, layer, cost, names)
+    panels[0].set_xscale("log")
+    panels[0].xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
+    panels[0].set_ylim(-0.05, 1.05)
+    figure.supxlabel(f"{_COSTS[cost]} kept (% of the dense layer)")
+    figure.supylabel(r"relative error $\|W - W'\|\,/\,\|W\|$")
+    _finish(figure, panels[0], "Candidates of each layer, and the chosen one", len(shown), len(known))
+    return figure
+
+
+def spectra_figure(choices: Sequence[LayerChoices], model: nn.Module, most: int = 30) -> Figure:
+    """Draw, for each layer, the singular values that its rank cuts off, and the rank.
+
+    Args:
+        choices: The choices of each layer.
+        model: The dense model, with its weights.
+        most: Layers to draw at most; the largest are taken.
+
+    Raises:
+        OptionError: There is nothing to draw.
+        MissingExtraError: matplotlib is not installed.
+    """
+    layers = [(layer, model.get_submodule(layer.path)) for layer in choices if layer.layer_class is not None]
+    sizes = [sum(parameter.numel() for parameter in dense.parameters()) for _, dense in layers]
+    spectra = [(layer, layer.spectra(dense)) for layer, dense in _largest(layers, sizes, most)]
+    shown = [(layer, modes) for layer, modes in spectra if modes]
+    if not shown:
+        raise OptionError("plot: no layer was given a rank that cuts off the singular values of a matrix.")
+    figure, panels = _panels(len(shown), sharex=False, sharey=True)
+    for axes, (layer, modes) in zip(panels, shown, strict=True):
+        _draw_spectrum(axes, layer, modes)
+    panels[0].set_yscale("log")
+    panels[0].set_ylim(_FLOOR, 1.5)
+    figure.supxlabel("index of the singular value")
+    figure.supylabel("singular value / largest")
+    _finish(figure, panels[0], "Singular values, and the rank that was chosen", len(shown), len(layers))
+    return figure
+
+
+def sweep_figure(rows: Iterable[Mapping[str, Any]], metric: str = "accuracy") -> Figure:
+    """Draw a metric against what the models cost, one line per method.
+
+    Args:
+        rows: One per model: the metric, any of ``params``, ``macs``, ``bytes`` and ``ms``, and the name of the method
+            under ``method``. Rows of the method ``"dense"`` are drawn as a level to compare with.
+        metric: Key of the metric in ``rows``, and the label of its axis.
+
+    Raises:
+        OptionError: A row has no metric, or no cost is in all rows.
+        MissingExtraError: matplotlib is not installed.
+    """
+    rows = list(rows)
+    wanted = [key for key in _QUANTITIES if rows and all(key in row for row in rows)]
+    if not wanted or not all(metric in row for row in rows):
+        raise OptionError(
+            f"plot_sweep: every row needs {metric!r} and the same of {', '.join(map(repr, _QUANTITIES))}; got rows "
+            f"with {', '.join(sorted({key for row in rows for key in row})) or 'nothing'}."
+        )
+    figure = _figure((1 + 3.4 * len(wanted), 3.4))
+    panels = list(figure.subplots(1, len(wanted), squeeze=False, sharey=True)[0])
+    for axes, key in zip(panels, wanted, strict=True):
+        _draw_sweep(axes, rows, key, metric)
+    panels[0].set_ylabel(metric)
+    _legend(figure, panels[0])
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure in the format of the file's ending.
+
+    Raises:
+        OptionError: The ending is of no format that matplotlib writes.
+    """
+    formats = figure.canvas.get_supported_filetypes()
+    if Path(path).suffix.removeprefix(".").lower() not in formats:
+        raise OptionError(f"plot: {str(path)!r} must end in one of .{', .'.join(sorted(formats))}.")
+    figure.savefig(path, dpi=150)
+
+
+def plot_sweep(rows: Iterable[Mapping[str, Any]], path: str | Path, *, metric: str = "accuracy") -> None:
+    """Save a picture of a metric against what the models cost, one line per method.
+
+    Args:
+        rows: One per model: the metric, any of ``params``, ``macs``, ``bytes`` and ``ms``, and the name of the method
+            under ``method``. Rows of the method ``"dense"`` are drawn as a level to compare with.
+        path: File to write; its ending says the format (png, pdf, svg).
+        metric: Key of the metric in ``rows``, and the label of its axis.
+
+    Raises:
+        OptionError: A row has no metric, no cost is in all rows, or there is no such format.
+        MissingExtraError: matplotlib is not installed.
+    """
+    save_figure(sweep_figure(rows, metric), path)
+
+
+def _draw_candidates(axes: Axes, layer: LayerChoices, cost: str, names: Sequence[str]) -> None:
+    whole = _cost(layer.candidates[0], cost)
+    for index, name in enumerate(names):
+        mine = [candidate for candidate in layer.candidates if _name(candidate) == name]
+        share = [_cost(candidate, cost) / whole for candidate in mine]
+        error = [math.sqrt(candidate.error) for candidate in mine]
+        axes.plot(share, error, linestyle="none", markersize=3, alpha=0.6, label=name, **_style(index))
+    chosen = layer.chosen
+    if chosen is not None:
+        point = (_cost(chosen, cost) / whole, math.sqrt(chosen.error))
+        axes.plot(*point, "*", markersize=13, color="black", markerfacecolor="#F0E442", label="chosen", zorder=3)
+    kept = "" if chosen is None else f", {100 * _cost(chosen, cost) / whole:.0f} %"
+    axes.set_title(f"{_short(layer.path)}\n{_name(chosen)} {_rank(chosen)}{kept}".strip(), fontsize=7)
+
+
+def _draw_spectrum(axes: Axes, layer: LayerChoices, modes: Sequence[tuple[Any, int]]) -> None:
+    names = [""] if len(modes) == 1 else ["output mode", "input mode", *(f"mode {i}" for i in range(2, len(modes)))]
+    for index, ((values, rank), name) in enumerate(zip(modes, names, strict=False)):
+        colour, order = _COLOURS[index], np.arange(1, len(values) + 1)
+        relative = values / max(float(values[0]), 1e-300)
+        visible = np.where(relative >= _FLOOR, relative, np.nan)
+        axes.plot(order, visible, color=colour, linewidth=1, alpha=0.4)
+        axes.plot(order[:rank], visible[:rank], color=colour, linewidth=2, label=name or "singular values")
+        axes.axvline(rank + 0.5, color=colour, linewidth=1, linestyle=":")
+    axes.set_xlim(0.5, max(len(values) for values, _ in modes) + 0.5)
+    kind = "" if layer.layer_class is None else layer.layer_class.__name__
+    ranks = ", ".join(str(rank) for _, rank in modes)
+    axes.set_title(f"{_short(layer.path)}\n{kind} {ranks}", fontsize=7)
+
+
+def _draw_sweep(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, metric: str) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    methods = list(dict.fromkeys(str(row.get("method", "")) for row in rows))
+    for index, method in enumerate(name for name in methods if name != "dense"):
+        points = sorted((row[key], row[metric]) for row in rows if str(row.get("method", "")) == method)
+        axes.plot(*zip(*points, strict=True), linewidth=1.5, markersize=5, label=method or None, **_style(index))
+    for row in rows:
+        if row.get("method") == "dense":
+            axes.axhline(row[metric], color="grey", linewidth=1, linestyle="--", label="dense")
+            axes.plot(row[key], row[metric], "*", markersize=11, color="grey")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: count(value) if key != "ms" else f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(_QUANTITIES[key])
+    axes.grid(alpha=0.3)
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("plots need matplotlib: pip install 'lowrank_nn[plots]'.") from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def _panels(number: int, *, sharex: bool, sharey: bool) -> tuple[Figure, list[Axes]]:
+    columns = min(number, _COLUMNS)
+    rows = -(-number // columns)
+    figure = _figure((max(5.0, _PANEL[0] * columns), 1.1 + _PANEL[1] * rows))
+    grid = figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False).flatten()
+    for axes in grid[number:]:
+        axes.remove()
+    for index, axes in enumerate(grid[:number]):
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+        if sharex and index + columns >= number:
+            axes.tick_params(labelbottom=True)
+    return figure, list(grid[:number])
+
+
+def _finish(figure: Figure, first: Axes, title: str, shown: int, known: int) -> None:
+    figure.suptitle(title if shown == known else f"{title} ({shown} of {known} layers, the largest)", fontsize=10)
+    _legend(figure, first)
+
+
+def _legend(figure: Figure, first: Axes) -> None:
+    handles, labels = first.get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=8, frameon=False)
+
+
+def _largest(items: Sequence[Any], sizes: Sequence[float], most: int) -> list[Any]:
+    """Return the largest items, in their order."""
+    kept = sorted(sorted(range(len(items)), key=lambda i: -sizes[i])[:most])
+    return [items[i] for i in kept]
+
+
+def _cost(candidate: Candidate, cost: str) -> float:
+    return candidate.latency if cost == "latency" else float(getattr(candidate.cost, cost))
+
+
+def _style(index: int) -> dict[str, Any]:
+    colour = _COLOURS[index % len(_COLOURS)]
+    return {"color": colour, "marker": _MARKERS[index % len(_MARKERS)], "markeredgewidth": 0}
+
+
+def _name(candidate: Candidate | None) -> str:
+    if candidate is None:
+        return ""
+    return "dense" if candidate.layer_class is None else candidate.layer_class.__name__
+
+
+def _rank(candidate: Candidate | None) -> str:
+    return "" if candidate is None or candidate.layer_class is None else str(candidate.options["rank"])
+
+
+def _short(path: str, most: int = 30) -> str:
+    return (path if len(path) <= most else f"..{path[2 - most :]}") or "(model)"
