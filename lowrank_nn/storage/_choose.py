@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lowrank_nn.layers import Packing
@@ -27,6 +28,7 @@ def choose_encoding(
     mask: Tensor | None = None,
     mask_key: str | None = None,
     coder: str | None = None,
+    floats: bool = False,
 ) -> Encoding:
     """Return the encoding of ``tensor`` that takes the fewest bytes; all are exact.
 
@@ -37,20 +39,21 @@ def choose_encoding(
         mask: Bool tensor that marks the entries that matter, broadcastable to the shape of ``tensor``.
         mask_key: Name under which ``mask`` is stored.
         coder: Coder that may be used, where it saves 2 % at least; None for no coding.
+        floats: Whether the upper bytes of floats may be coded too.
     """
     numbers = numbers_of(tensor)
     if mask is not None:
         numbers = numbers[marked_by(mask, tuple(tensor.shape))]
     base = Encoding(NAMES[tensor.dtype], tuple(tensor.shape), numbers.size, mask=mask_key if mask is not None else None)
-    nonzero = None if mask is not None else _nonzero(numbers, tensor)
+    nonzero = None if mask is not None else _nonzero(numbers, floats or is_integer(tensor.dtype))
     best = _declared(base, numbers, packing)
     if best is None:
         best = min(_plain(base, numbers, nonzero), key=_cost)
-    if coder is None:
+    coded = {} if coder is None else dict(_coded(base, numbers, nonzero, coder, floats))
+    if not coded:
         return best
-    coded = dict(_coded(base, numbers, nonzero, coder))
-    smallest = min(coded, key=lambda encoding: coded[encoding], default=best)
-    return smallest if smallest in coded and coded[smallest] + HEADER_COST <= WORTH * _cost(best) else best
+    smallest = min(coded, key=lambda encoding: coded[encoding])
+    return smallest if coded[smallest] + HEADER_COST <= WORTH * _cost(best) else best
 
 
 def _cost(encoding: Encoding) -> int:
@@ -76,9 +79,11 @@ def _plain(base: Encoding, numbers: Values, nonzero: Values | None) -> Iterator[
         yield from _in_bits(sparse, nonzero)
 
 
-def _coded(base: Encoding, numbers: Values, nonzero: Values | None, coder: str) -> Iterator[tuple[Encoding, int]]:
+def _coded(
+    base: Encoding, numbers: Values, nonzero: Values | None, coder: str, floats: bool
+) -> Iterator[tuple[Encoding, int]]:
     """Yield encodings with a coded part, and about how many bytes they take."""
-    yield from _coded_values(base, numbers, coder)
+    yield from _coded_values(base, numbers, coder, floats)
     if nonzero is None or (base.dtype != "BOOL" and numbers.size - nonzero.size < MIN_ZEROS * numbers.size):
         return
     gaps = to_gaps(numbers != 0)
@@ -86,7 +91,7 @@ def _coded(base: Encoding, numbers: Values, nonzero: Values | None, coder: str) 
     sparse = dataclasses.replace(base, kept=nonzero.size, gaps=coder)
     for encoding in (sparse, *_in_bits(sparse, nonzero)):
         yield encoding, front + encoding.plain_bytes
-    for encoding, size in _coded_values(sparse, nonzero, coder):
+    for encoding, size in _coded_values(sparse, nonzero, coder, floats):
         yield encoding, front + size
 
 
@@ -97,11 +102,14 @@ def _in_bits(base: Encoding, numbers: Values) -> list[Encoding]:
     return [dataclasses.replace(base, bits=(width, offset))] if width < base.plain_bits else []
 
 
-def _coded_values(base: Encoding, numbers: Values, coder: str) -> list[tuple[Encoding, int]]:
+def _coded_values(base: Encoding, numbers: Values, coder: str, floats: bool) -> list[tuple[Encoding, int]]:
     dtype = DTYPES[base.dtype]
-    if not is_integer(dtype) or base.dtype == "BOOL":  # what gaps say of bools is all there is to say
+    if dtype.is_floating_point and floats:
+        bits = (base.plain_bits, 0)
+    elif is_integer(dtype) and dtype is not torch.bool:  # what gaps say of bools is all there is to say
+        bits = width_and_offset(numbers)
+    else:
         return []
-    bits = width_and_offset(numbers)
     if bits[0] == 0:
         return []
     encoding = dataclasses.replace(base, bits=bits, coder=coder)
@@ -113,6 +121,6 @@ def _coded_size(symbols: Values, coder: str) -> int:
     return CODERS[coder].coded_size(count_symbols(symbols)) if symbols.size else 0
 
 
-def _nonzero(numbers: Values, tensor: Tensor) -> Values:
-    """Return the entries that are not zero; of floats so many whatever they are, as their values do not matter here."""
-    return numbers[numbers != 0] if is_integer(tensor.dtype) else numbers[: np.count_nonzero(numbers)]
+def _nonzero(numbers: Values, values_matter: bool) -> Values:
+    """Return the entries that are not zero, or, without a copy, as many others."""
+    return numbers[numbers != 0] if values_matter else numbers[: np.count_nonzero(numbers)]

@@ -248,7 +248,7 @@ def _read_tensor(entry: Any, stored_as: Entry | None) -> StoredTensor:
         raise ValueError(f"dtype {dtype!r}, shape {shape!r}"[:200])
     if "bits" in entry:
         bits = (_typed(entry["bits"], int), _typed(entry["offset"], int))
-        if not 0 <= bits[0] <= 64 or not is_integer(DTYPES[dtype]):
+        if not 0 <= bits[0] <= 8 * DTYPES[dtype].itemsize or not (is_integer(DTYPES[dtype]) or "coder" in entry):
             raise ValueError(f"{bits[0]} bits for {dtype}")
     bitmap = _typed(entry.get("bitmap", False), bool)
     mask, gaps, coder = (entry.get(name) for name in ("mask", "gaps", "coder"))

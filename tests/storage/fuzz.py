@@ -22,7 +22,7 @@ from lowrank_nn.storage import inspect, load, save
 from tests.storage.forge import INDEX, header_end, put_together, take_apart
 from tests.storage.models import EveryEncoding, assert_same_state, every_encoding
 
-CODINGS = ["auto", "huffman"]
+CODINGS = ["auto", "max", "huffman"]
 SECONDS = 20  # for files that take a tenth of a second on an idle machine
 SLACK = 2_000_000  # bytes: a structure may inflate to 64 kB, whatever the size of the file
 NUMBERS = [-1, 0, 1, 2, 7, 8, 64, 255, 4096, 65535, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64, 10**400, -(2**63)]

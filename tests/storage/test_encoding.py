@@ -36,10 +36,10 @@ def of_bytes(data, dtype, shape):
     dtype=st.sampled_from(list(DTYPES.values())),
     shape=st.sampled_from([(), (1,), (17,), (3, 5), (2, 3, 3, 4), (700,), (50, 100)]),
     fill=st.sampled_from(["noise", "zeros", "mostly zeros", "low bytes"]),
-    coder=st.sampled_from([None, "rans"]),
+    coding=st.sampled_from([{}, {"coder": "rans"}, {"coder": "rans", "floats": True}, {"coder": "huffman"}]),
     seed=st.integers(0, 1000),
 )
-def test_every_dtype_comes_back_bit_for_bit(dtype, shape, fill, coder, seed):
+def test_every_dtype_comes_back_bit_for_bit(dtype, shape, fill, coding, seed):
     count = torch.Size(shape).numel()
     generator = torch.Generator().manual_seed(seed)
     size = (count, dtype.itemsize)
@@ -49,7 +49,7 @@ def test_every_dtype_comes_back_bit_for_bit(dtype, shape, fill, coder, seed):
     if fill == "mostly zeros":
         raw[::9] = 3
     tensor = of_bytes(raw.numpy().tobytes(), dtype, shape)
-    size, _, back = round_trip(tensor, coder=coder)
+    size, _, back = round_trip(tensor, **coding)
     assert (back.dtype, back.shape) == (dtype, torch.Size(shape))
     assert bits_of(back) == bits_of(tensor)
     assert size <= count * dtype.itemsize
@@ -177,6 +177,24 @@ def test_every_width_and_offset_comes_back(bits, low, count, seed):
     encoding = Encoding("I64", (count,), count, bits=(bits, low), coder="rans")
     payload = torch.from_numpy(encode(tensor, encoding))
     assert torch.equal(decode(encoding, payload), tensor)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share"), [(torch.float32, 0.85), (torch.float16, 0.87), (torch.bfloat16, 0.7), (torch.float64, 0.9)]
+)
+def test_of_floats_the_upper_byte_is_coded_where_asked(dtype, share):
+    weight = (torch.randn(200, 300, generator=torch.Generator().manual_seed(0)) * 0.05).to(dtype)
+    weight[0, :4] = torch.tensor([0.0, -0.0, float("nan"), float("-inf")])
+    assert tensor_bytes(weight) == weight.numel() * dtype.itemsize
+    size, encoding, back = round_trip(weight, coder="rans", floats=True)
+    assert encoding.coder == "rans"
+    assert bits_of(back) == bits_of(weight)
+    assert size == tensor_bytes(weight, coding="max") < share * tensor_bytes(weight)
+    mask = torch.rand(200, 300, generator=torch.Generator().manual_seed(1)) < 0.5
+    arguments = {"mask": mask, "mask_key": "m", "coder": "rans", "floats": True}
+    masked, _, back = round_trip(weight, **arguments)
+    assert bits_of(back[mask]) == bits_of(weight[mask])
+    assert masked < 0.52 * size
 
 
 def test_places_of_zeros_are_coded():

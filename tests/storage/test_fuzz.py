@@ -17,7 +17,7 @@ def path(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz") / "bad.lrnn"
 
 
-@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("coding", ["auto", "huffman"])
 def test_the_honest_file_is_stored_in_every_way(coding, path):
     data, coder = honest(coding)[0], CODER_OF[coding]
     path.write_bytes(data)
