@@ -5,6 +5,7 @@ Layers by hand: ``TuckerConv2d.from_pretrained_layer(conv, rank=(24, 16))``. A w
 """
 
 from lowrank_nn.cost import Cost as Cost
+from lowrank_nn.cost import clear_timing_cache as clear_timing_cache
 from lowrank_nn.distill import FeatureTap as FeatureTap
 from lowrank_nn.distill import Guidance as Guidance
 from lowrank_nn.distill import distill_loss as distill_loss
