@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from lowrank_nn.errors import BudgetError
 from lowrank_nn.pipeline.dryrun import DryRun, dry_run
 from lowrank_nn.pipeline.state import State, Step
-from lowrank_nn.planning import Clock, present_layers
+from lowrank_nn.planning import present_layers
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,9 @@ def dry_run_in_time(start: State, steps: Sequence[Step]) -> DryRun:
     asked = None if start.budget is None else start.budget.latency
     if asked is None:
         return dry_run(start, steps)
-    clock = start.clock or Clock(start.dense, start.original, start.example_inputs)
-    start = dataclasses.replace(start, clock=clock)
+    start = start.with_clock()
+    clock = start.clock
+    assert clock is not None
     best: DryRun | None = None
     for _ in range(_ROUNDS):
         planned = _nearest(start, steps, asked)

@@ -221,7 +221,7 @@ class LowRank(Step):
     def _timed(self, state: State, clock: Clock, tables: list[SiteCandidates], budget: Budget) -> list[SiteCandidates]:
         """Return the tables with what the clock says now; before the first time, all layers are timed in place."""
         open_tables = [table for table in tables if table.candidates]
-        key: Any = (LowRank, TimedCandidates, *(table.path for table in open_tables), *self._kind())
+        key: Any = (TimedCandidates, *map(id, open_tables))  # the cache keeps them
         if key not in state.cache:
             state.cache[key] = timed = TimedCandidates(open_tables, state.recording(), clock)
             timed.measure(state.watch(timed.probes(), "LowRank: timing"))
@@ -235,9 +235,9 @@ class LowRank(Step):
         if not isinstance(site.layer, (nn.Conv2d, nn.Linear)):
             return SiteCandidates(site.path, [], f"it is a {type(site.layer).__name__} already: put LowRank first")
         metric = self._evidence(state).metric(site.path) if self._uses_data(state) else None
-        key: Any = (LowRank, site.path, *self._kind(), metric is not None, self.curvature)
+        width = 1 if state.clock is None else state.clock.vector_width
+        key: Any = (LowRank, site.path, *self._kind(), metric is not None, self.curvature, width)
         if key not in state.cache:
-            width = 1 if state.clock is None else state.clock.vector_width
             multiple = math.lcm(width, self.multiple_of)
             table = self._rule().candidates(site, state.weights_of(site), classes, metric, multiple=multiple)
             state.cache[key] = in_multiples(table, self.multiple_of)

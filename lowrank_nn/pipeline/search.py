@@ -20,7 +20,7 @@ from lowrank_nn.pipeline.finetune import FineTune
 from lowrank_nn.pipeline.random_state import preserved_random_state
 from lowrank_nn.pipeline.result import Probe, Result
 from lowrank_nn.pipeline.state import State, Step
-from lowrank_nn.planning import Budget, Clock
+from lowrank_nn.planning import Budget
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def smallest_within(start: State, steps: Sequence[Step], compress: Callable[[Sta
     if any(isinstance(step, FineTune) for step in steps):
         distributed.join_processes(_device(start.dense))  # all processes are to see the same metrics
     if "latency" in (budget.of, *budget.shares()):
-        start = dataclasses.replace(start, clock=Clock(start.dense, start.original, start.example_inputs))
+        start = start.with_clock()
     search = _Search(start, budget, compress)
     largest = budget.shares().get(budget.of, 1.0)
     low, high = largest * _SMALLEST, largest

@@ -91,6 +91,14 @@ class State:
         """Return the cost of the model as it was given."""
         return model_cost(self.dense, self.original)
 
+    def with_clock(self) -> State:
+        """Return this state with a clock: the same one in all dry runs that share a cache."""
+        if self.clock is not None:
+            return self
+        if "clock" not in self.cache:
+            self.cache["clock"] = Clock(self.dense, self.original, self.example_inputs)
+        return dataclasses.replace(self, clock=self.cache["clock"])
+
     def latency(self) -> float:
         """Return the estimated milliseconds of one forward of the model as it is now; 0 where no budget asks for it."""
         return 0.0 if self.clock is None else self.clock.forward(self.recording())

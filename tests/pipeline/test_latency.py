@@ -10,7 +10,7 @@ from torch import nn
 import lowrank_nn as lnn
 from lowrank_nn.graph import record
 from lowrank_nn.graph.derive import derive_recording
-from lowrank_nn.pipeline import latency
+from lowrank_nn.pipeline import state
 from lowrank_nn.planning import Clock
 from tests.fake_timer import FakeTimer
 from tests.storage.models import seeded
@@ -45,7 +45,7 @@ def net():
 
 
 def on_a_machine(monkeypatch, timer):
-    monkeypatch.setattr(latency, "Clock", functools.partial(Clock, timer=timer))
+    monkeypatch.setattr(state, "Clock", functools.partial(Clock, timer=timer))
     return timer
 
 
@@ -136,6 +136,18 @@ def test_time_and_macs_choose_differently(net, machine):
 
     assert all(rank % 16 == 0 or rank in (4, 8, 27, 40) for rank in ranks(by_time))
     assert any(rank % 16 for rank in ranks(by_macs))
+
+
+def test_a_sweep_learns_once_and_keeps_ranks_of_each_kind_apart(net, machine):
+    budgets = [lnn.Budget(macs=0.5), lnn.Budget(latency=0.5), lnn.Budget(latency=0.6)]
+    swept = list(lnn.sweep(net, X, budgets, lnn.LowRank(formats=MATRICES)))
+    probes = len(machine.timed)
+    alone = [lnn.compress_model(net, X, lnn.LowRank(formats=MATRICES), budget=budget) for budget in budgets]
+    for one, other in zip(swept[:2], alone, strict=False):
+        assert [row.options for row in one.report.rows] == [row.options for row in other.report.rows]
+    for result, share in zip(swept[1:], (0.5, 0.6), strict=True):
+        assert share_of_time(machine, net, result.model) == pytest.approx(share, rel=0.1)
+    assert len(machine.timed) - probes > probes
 
 
 def test_slower_layers_stay_dense_and_the_report_says_so(monkeypatch, net):

@@ -10,8 +10,7 @@ from torch import nn
 
 import lowrank_nn as lnn
 from lowrank_nn.layers.tucker import _TuckerProblem
-from lowrank_nn.pipeline import compress, lowrank
-from lowrank_nn.pipeline import search as search_module
+from lowrank_nn.pipeline import compress, lowrank, state
 from lowrank_nn.planning import Clock
 from tests.fake_timer import FakeTimer
 from tests.pipeline.test_latency import share_of_time
@@ -105,7 +104,7 @@ def test_latency_is_searched_on_one_clock(monkeypatch):
         clocks.append(Clock(*args, timer=timer))
         return clocks[-1]
 
-    monkeypatch.setattr(search_module, "Clock", make_clock)
+    monkeypatch.setattr(state, "Clock", make_clock)
     net = seeded(wide_net).eval()
 
     def evaluate(model):
