@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -60,7 +61,8 @@ def time_in_place(
         seconds: Time after which no further round begins; there are at least eight.
     """
     device = next((parameter.device for model, _ in models for parameter in model.parameters()), torch.device("cpu"))
-    tapes = [_Tape(device) for _ in models]
+    stamp = _stamp_of(device)
+    tapes = [_Tape(stamp) for _ in models]
     with contextlib.ExitStack() as stack:
         for (model, paths), tape in zip(models, tapes, strict=True):
             stack.enter_context(untouched(model))
@@ -88,9 +90,9 @@ def _run_rounds(calls: Sequence[Callable[[], Any]], tapes: Sequence[_Tape], seco
 class _Tape:
     """What one model's forwards left: the times at which watched layers began and ended."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._stamp = _stamp_of(device)
-        self._overhead = 0.0 if device.type == "cuda" else _cost_of(self._stamp)
+    def __init__(self, stamp: Callable[[], Any]) -> None:
+        self._stamp = stamp
+        self._overhead = _cost_of(stamp)
         self._events: list[tuple[str | None, Any]] = []  # a path where its layer begins, None where one ends
         self._rounds: list[tuple[Labels, list[float]]] = []
 
@@ -110,11 +112,9 @@ class _Tape:
     def run(self, forward: Callable[[], Any], *, counts: bool) -> None:
         """Time one forward; one that does not count is run and forgotten."""
         self._events.clear()
-        _wait()
         start = self._stamp()
         forward()
         end = self._stamp()
-        _wait()
         if counts:
             labels, pieces = _pieces(start, self._events, end)
             self._rounds.append((labels, [max(_LEAST_PIECE, piece - self._overhead) for piece in pieces]))
@@ -176,31 +176,38 @@ def _pieces(start: Any, events: Sequence[tuple[str | None, Any]], end: Any) -> t
 
 
 def _milliseconds(before: Any, after: Any) -> float:
-    elapsed: float = before.elapsed_time(after) if isinstance(before, torch.cuda.Event) else 1e3 * (after - before)
-    return elapsed
+    if not isinstance(before, torch.cuda.Event):
+        elapsed: float = 1e3 * (after - before)
+        return elapsed
+    after.synchronize()
+    return float(before.elapsed_time(after))
 
 
 def _stamp_of(device: torch.device) -> Callable[[], Any]:
     """Return what tells the time of work on ``device``."""
     if device.type == "cuda":
-        return _cuda_stamp
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
+        return functools.partial(_cuda_stamp, device)
+    if device.type != "cpu":
+        return functools.partial(_synchronous_stamp, device)
+    # Windows counts a thread's time in steps of 16 ms.
+    alone = torch.get_num_threads() == 1 and sys.platform != "win32"
     return time.thread_time if alone else time.perf_counter
+
+
+def _cuda_stamp(device: torch.device) -> torch.cuda.Event:
+    """Mark the place in the stream: waiting for the device at every layer would slow the model down."""
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _synchronous_stamp(device: torch.device) -> float:
+    """Return the time after all work on ``device``, of a kind that cannot mark places in a stream."""
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def _cost_of(stamp: Callable[[], Any]) -> float:
     """Return the milliseconds that a stamp itself takes: every piece has one."""
     stamps = [stamp() for _ in range(_STAMPS)]
     return min(_milliseconds(before, after) for before, after in itertools.pairwise(stamps))
-
-
-def _cuda_stamp() -> torch.cuda.Event:
-    """Mark the place in the stream: waiting for the device at every layer would slow the model down."""
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
-
-
-def _wait() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()

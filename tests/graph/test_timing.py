@@ -168,6 +168,13 @@ def test_with_one_thread_only_its_own_time_counts(monkeypatch, threads, clock):
         assert timing._stamp_of(torch.device("cpu")).__name__ == clock
 
 
+def test_other_devices_finish_their_work_first(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    assert timing._stamp_of(torch.device("mps"))() > 0
+    assert waited == [torch.device("mps")]
+
+
 def test_a_real_model():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     before, after = time_in_place([(model, ["0", "2"]), (model, ["0"])], torch.ones(2, 3, 12, 12), seconds=0)
