@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,18 +59,20 @@ def error_of(planned: DryRun) -> float:
 
 
 def measured(clock: Clock, planned: DryRun) -> float:
-    """Return the time of what was planned over that of the dense model."""
-    return clock.measure(present_layers(planned.state.recording()))
+    """Return the time of what was planned over that of the dense model: the median of three measurements."""
+    return statistics.median(clock.measure(present_layers(planned.state.recording())) for _ in range(3))
 
 
-def latency_rows(start: State, steps: Sequence[lnn.Step], clock: Clock) -> list[tuple[float, float, float, DryRun]]:
-    """Return (asked, first estimate, its measurement, what was decided in the end) for every budget."""
+def latency_rows(start: State, steps: Sequence[lnn.Step], clock: Clock) -> list[tuple[float, ...]]:
+    """Return (asked, estimated first, measured then, measured in the end, error) for every budget."""
     rows = []
     for share in BUDGETS:
         state = dataclasses.replace(start, budget=lnn.Budget(latency=share), clock=clock)
         first = dry_run(state, steps)
         estimate = first.state.latency() / clock.dense
-        rows.append((share, estimate, measured(clock, first), dry_run_in_time(state, steps)))
+        then = measured(clock, first)
+        last = dry_run_in_time(state, steps)
+        rows.append((share, estimate, then, measured(clock, last), error_of(last)))
     return rows
 
 
@@ -91,7 +94,7 @@ def main() -> None:
     clock = Clock(model, recording, inputs)
     start = State(model, model, recording, inputs, progress=False)
     rows = latency_rows(start, steps, clock)
-    curve = []
+    curve: list[tuple[float, ...]] = []
     start = dataclasses.replace(start, cache={})  # candidates of any rank, not of whole vectors
     for share in MACS:
         planned = dry_run(dataclasses.replace(start, budget=lnn.Budget(macs=share)), steps)
@@ -99,18 +102,14 @@ def main() -> None:
     print_tables(rows, curve, clock)
 
 
-def print_tables(
-    rows: list[tuple[float, float, float, DryRun]], curve: list[tuple[float, float, float]], clock: Clock
-) -> None:
+def print_tables(rows: list[tuple[float, ...]], curve: list[tuple[float, ...]], clock: Clock) -> None:
     """Print both as Markdown."""
     print(f"dense {clock.dense:.1f} ms; the formula's median error over all timed calls {clock.median_error:.1%}\n")
     print("| asked | estimated | measured | at the end | error | MACs budget at that time | less |\n|" + " ---: |" * 7)
     shares, times, errors = (np.array(column) for column in zip(*sorted(curve, key=lambda row: row[1]), strict=True))
-    for asked, estimate, first, last in rows:
-        assert last.latency is not None
-        other = math.exp(float(np.interp(last.latency, times, np.log(errors))))
-        error = error_of(last)
-        cells = [f"{asked:.2f}", *(f"{value:.3f}" for value in (estimate, first, last.latency, error, other))]
+    for asked, estimate, then, last, error in rows:
+        other = math.exp(float(np.interp(last, times, np.log(errors))))
+        cells = [f"{asked:.2f}", *(f"{value:.3f}" for value in (estimate, then, last, error, other))]
         print("| " + " | ".join([*cells, f"{1 - error / other:.0%}"]) + " |")
     print("\n| MACs asked | measured time | error |\n|" + " ---: |" * 3)
     for share, time, error in zip(shares, times, errors, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import statistics
@@ -60,6 +61,7 @@ class Clock:
         self._setting = _setting(weights, list(tensors(example_inputs)), device)
         self._calls: dict[str, LeafCall] = {}
         self._times: dict[str, float] = {}
+        self._timed: collections.Counter[str] = collections.Counter()
         self._dense_time = 0.0
         self._rest = 0.0
         self._model: LatencyModel | None = None
@@ -145,8 +147,12 @@ class Clock:
         self._rest = profile.total - self.milliseconds(self._work_in(self._original))
 
     def _learn(self, times: Mapping[str, float]) -> None:
-        self._times.update(times)
-        self._cache.store(times)
+        """Take over new timings, in the mean with those of this run."""
+        for key, time in times.items():
+            share = 1 / (1 + self._timed[key])
+            self._times[key] = time if share == 1 else self._times[key] ** (1 - share) * time**share
+            self._timed[key] += 1
+        self._cache.store({key: self._times[key] for key in times})
         self._model = None
 
     def _times_of(self, recording: Recording, profile: Profile) -> dict[str, float]:
