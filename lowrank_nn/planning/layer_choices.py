@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_nn.decompose import singular_values
-from lowrank_nn.errors import LowRankError
-from lowrank_nn.layers import LowRankLayer, read_layer
+from lowrank_nn.errors import RankError, UnsupportedLayerError
+from lowrank_nn.layers import LowRankLayer, SVDLinear, TuckerConv2d, read_layer
 from lowrank_nn.planning.candidates import Candidate
 from lowrank_nn.planning.choices import Floats
 
@@ -37,33 +37,53 @@ class LayerChoices:
         same = (c for c in self.candidates if (c.layer_class, c.options) == (self.layer_class, self.options))
         return next(same, None)
 
-    def spectra(self, layer: nn.Module) -> list[tuple[Floats, int]]:
-        """Return, for each mode of the chosen rank, the singular values that it cuts off and the rank.
+    def spectra(self, layer: nn.Module) -> list[Spectrum]:
+        """Return the singular values of the matrices whose rank was chosen.
 
-        Of several groups the root of the mean square is taken.
+        Where none was (CP, or the layer stays dense), those of the kernel's output and input mode.
 
         Args:
             layer: The dense layer, with its weights.
 
         Returns:
-            Nothing where the layer stays dense, or its rank is not that of a matrix (CP).
+            One for each mode; none for a layer that no low-rank format can read.
         """
+        try:
+            return self._of_the_rank(layer) or _of_the_modes(layer)
+        except UnsupportedLayerError:
+            return []
+
+    def _of_the_rank(self, layer: nn.Module) -> list[Spectrum]:
         if self.layer_class is None:
             return []
-        variant = {name: value for name, value in self.options.items() if name in _variants(self.layer_class)}
-        try:
-            problem = self.layer_class.rank_problem(read_layer(layer, self.layer_class), **variant)
-            unfoldings = problem.unfoldings()
-        except LowRankError:
-            return []
+        known = {name for options in self.layer_class.formats for name in options}
+        variant = {name: value for name, value in self.options.items() if name in known}
+        problem = self.layer_class.rank_problem(read_layer(layer, self.layer_class), **variant)
         rank = self.options["rank"]
         modes = rank if isinstance(rank, (tuple, list)) else (rank,)
-        found = []
-        for matrices, mode, limit in zip(unfoldings, modes, problem.limits, strict=True):
-            values = torch.stack([singular_values(matrix) for matrix in matrices]).square().mean(0).sqrt()
-            found.append((values.cpu().numpy(), limit if mode is None else mode))
-        return found
+        try:
+            matrices = problem.unfoldings()
+        except RankError:
+            return []
+        ranks = (limit if mode is None else mode for mode, limit in zip(modes, problem.limits, strict=True))
+        return [Spectrum(_values(matrix), rank) for matrix, rank in zip(matrices, ranks, strict=True)]
 
 
-def _variants(cls: type[LowRankLayer]) -> set[str]:
-    return {name for options in cls.formats for name in options}
+class Spectrum(NamedTuple):
+    """Singular values, over groups the root of their mean square, and the rank that cuts them off, if there is one."""
+
+    values: Floats
+    rank: int | None
+
+
+def _of_the_modes(layer: nn.Module) -> list[Spectrum]:
+    cls = next((cls for cls in (TuckerConv2d, SVDLinear) if isinstance(layer, cls.replaces)), None)
+    if cls is None:
+        return []
+    return [Spectrum(_values(matrices), None) for matrices in cls.rank_problem(read_layer(layer, cls)).unfoldings()]
+
+
+def _values(matrices: Tensor) -> Floats:
+    every = torch.stack([singular_values(matrix) for matrix in matrices])
+    values: Floats = every.square().mean(0).sqrt().cpu().numpy()
+    return values

@@ -12,6 +12,7 @@ from torch import nn
 
 from lowrank_nn.errors import MissingExtraError, OptionError
 from lowrank_nn.planning import Candidate, LayerChoices
+from lowrank_nn.planning.layer_choices import Spectrum
 from lowrank_nn.report.render import count
 
 if TYPE_CHECKING:
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which people tell apart whatever colours they see; markers say the same in black and white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X")
-_PANEL = (2.3, 1.75)  # inches
-_COLUMNS = 6
+_CHOSEN: dict[str, Any] = {"marker": "*", "markersize": 12, "color": "black", "markerfacecolor": "#F0E442"}
+_MODES = ("one matrix", "output channels", "input channels")
+_PANEL, _GAP = (1.9, 1.3), (0.3, 0.55)  # width and height of a panel and between panels, in inches
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.65, 1.4, 0.8, 0.6
+_ONE_ROW = 6  # panels
 _FLOOR = 1e-3  # singular values below this share of the largest are not drawn
 _COSTS = {"params": "parameters", "macs": "MACs", "bytes": "bytes", "latency": "measured time"}
 _QUANTITIES = {"params": "parameters", "macs": "multiply-accumulates", "bytes": "bytes", "ms": "latency (ms)"}
@@ -54,11 +58,15 @@ def candidates_figure(choices: Sequence[LayerChoices], cost: str = "params", mos
     for axes, layer in zip(panels, shown, strict=True):
         _draw_candidates(axes, layer, cost, names)
     panels[0].set_xscale("log")
+    panels[0].minorticks_off()
     panels[0].xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
+    panels[0].set_xlim(left=min(panels[0].get_xlim()[0], 0.09))
     panels[0].set_ylim(-0.05, 1.05)
-    figure.supxlabel(f"{_COSTS[cost]} kept (% of the dense layer)")
-    figure.supylabel(r"relative error $\|W - W'\|\,/\,\|W\|$")
-    _finish(figure, panels[0], "Candidates of each layer, and the chosen one", len(shown), len(known))
+    for index, name in enumerate(names):
+        panels[0].plot([], [], linestyle="none", label=name, **_style(index))
+    panels[0].plot([], [], linestyle="none", label="chosen", **_CHOSEN)
+    _label(figure, f"{_COSTS[cost]} kept (% of the dense layer)", "relative error", panels[0])
+    _entitle(figure, "Candidates of each layer, and the chosen one", len(shown), len(known))
     return figure
 
 
@@ -74,20 +82,26 @@ def spectra_figure(choices: Sequence[LayerChoices], model: nn.Module, most: int 
         OptionError: There is nothing to draw.
         MissingExtraError: matplotlib is not installed.
     """
-    layers = [(layer, model.get_submodule(layer.path)) for layer in choices if layer.layer_class is not None]
+    layers = [(layer, model.get_submodule(layer.path)) for layer in choices]
     sizes = [sum(parameter.numel() for parameter in dense.parameters()) for _, dense in layers]
     spectra = [(layer, layer.spectra(dense)) for layer, dense in _largest(layers, sizes, most)]
     shown = [(layer, modes) for layer, modes in spectra if modes]
     if not shown:
-        raise OptionError("plot: no layer was given a rank that cuts off the singular values of a matrix.")
+        raise OptionError("plot: there is no layer to draw: the low-rank steps of the recipe could change none.")
     figure, panels = _panels(len(shown), sharex=False, sharey=True)
     for axes, (layer, modes) in zip(panels, shown, strict=True):
         _draw_spectrum(axes, layer, modes)
     panels[0].set_yscale("log")
+    panels[0].minorticks_off()
     panels[0].set_ylim(_FLOOR, 1.5)
-    figure.supxlabel("index of the singular value")
-    figure.supylabel("singular value / largest")
-    _finish(figure, panels[0], "Singular values, and the rank that was chosen", len(shown), len(layers))
+    drawn = {name for _, modes in shown for name in _mode_names(modes)}
+    for colour, name in zip(_COLOURS, _MODES, strict=False):
+        if name in drawn:
+            panels[0].plot([], [], color=colour, linewidth=2, label=name)
+    if any(mode.rank is not None for _, modes in shown for mode in modes):
+        panels[0].plot([], [], color="grey", linewidth=1, linestyle=":", label="chosen rank")
+    _label(figure, "index of the singular value", "singular value / largest", panels[0])
+    _entitle(figure, "Singular values, and the rank that was chosen", len(shown), len(layers))
     return figure
 
 
@@ -111,11 +125,14 @@ def sweep_figure(rows: Iterable[Mapping[str, Any]], metric: str = "accuracy") ->
             f"with {', '.join(sorted({key for row in rows for key in row})) or 'nothing'}."
         )
     figure = _figure((1 + 3.4 * len(wanted), 3.4))
+    figure.set_layout_engine("constrained")
     panels = list(figure.subplots(1, len(wanted), squeeze=False, sharey=True)[0])
     for axes, key in zip(panels, wanted, strict=True):
         _draw_sweep(axes, rows, key, metric)
     panels[0].set_ylabel(metric)
-    _legend(figure, panels[0])
+    handles, labels = panels[0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
@@ -153,33 +170,28 @@ def _draw_candidates(axes: Axes, layer: LayerChoices, cost: str, names: Sequence
         mine = [candidate for candidate in layer.candidates if _name(candidate) == name]
         share = [_cost(candidate, cost) / whole for candidate in mine]
         error = [math.sqrt(candidate.error) for candidate in mine]
-        axes.plot(share, error, linestyle="none", markersize=3, alpha=0.6, label=name, **_style(index))
+        axes.plot(share, error, linestyle="none", markersize=3, alpha=0.6, **_style(index))
     chosen = layer.chosen
     if chosen is not None:
         point = (_cost(chosen, cost) / whole, math.sqrt(chosen.error))
-        axes.plot(*point, "*", markersize=13, color="black", markerfacecolor="#F0E442", label="chosen", zorder=3)
-    kept = "" if chosen is None else f", {100 * _cost(chosen, cost) / whole:.0f} %"
-    axes.set_title(f"{_short(layer.path)}\n{_name(chosen)} {_rank(chosen)}{kept}".strip(), fontsize=7)
+        axes.plot(*point, **_CHOSEN, zorder=3)
+        _title(axes, layer, f", {100 * _cost(chosen, cost) / whole:.0f} %" if chosen.layer_class else "")
 
 
-def _draw_spectrum(axes: Axes, layer: LayerChoices, modes: Sequence[tuple[Any, int]]) -> None:
-    names = [""] if len(modes) == 1 else ["output mode", "input mode", *(f"mode {i}" for i in range(2, len(modes)))]
-    for index, ((values, rank), name) in enumerate(zip(modes, names, strict=False)):
-        colour, order = _COLOURS[index], np.arange(1, len(values) + 1)
+def _draw_spectrum(axes: Axes, layer: LayerChoices, modes: Sequence[Spectrum]) -> None:
+    for (values, rank), name in zip(modes, _mode_names(modes), strict=True):
+        colour, order = _COLOURS[_MODES.index(name)], np.arange(1, len(values) + 1)
         relative = values / max(float(values[0]), 1e-300)
         visible = np.where(relative >= _FLOOR, relative, np.nan)
-        axes.plot(order, visible, color=colour, linewidth=1, alpha=0.4)
-        axes.plot(order[:rank], visible[:rank], color=colour, linewidth=2, label=name or "singular values")
-        axes.axvline(rank + 0.5, color=colour, linewidth=1, linestyle=":")
+        axes.plot(order, visible, color=colour, linewidth=1, alpha=0.5)
+        if rank is not None:
+            axes.plot(order[:rank], visible[:rank], color=colour, linewidth=2.5)
+            axes.axvline(rank + 0.5, color=colour, linewidth=1, linestyle=":")
     axes.set_xlim(0.5, max(len(values) for values, _ in modes) + 0.5)
-    kind = "" if layer.layer_class is None else layer.layer_class.__name__
-    ranks = ", ".join(str(rank) for _, rank in modes)
-    axes.set_title(f"{_short(layer.path)}\n{kind} {ranks}", fontsize=7)
+    _title(axes, layer)
 
 
 def _draw_sweep(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, metric: str) -> None:
-    from matplotlib.ticker import NullFormatter
-
     methods = list(dict.fromkeys(str(row.get("method", "")) for row in rows))
     for index, method in enumerate(name for name in methods if name != "dense"):
         points = sorted((row[key], row[metric]) for row in rows if str(row.get("method", "")) == method)
@@ -188,9 +200,14 @@ def _draw_sweep(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, metric:
         if row.get("method") == "dense":
             axes.axhline(row[metric], color="grey", linewidth=1, linestyle="--", label="dense")
             axes.plot(row[key], row[metric], "*", markersize=11, color="grey")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: count(value) if key != "ms" else f"{value:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = min(row[key] for row in rows), max(row[key] for row in rows)
+    if high > 3 * low > 0:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [first * 10.0**decade for decade in decades for first in (1, 2, 5)]
+        axes.set_xscale("log")
+        axes.set_xticks([tick for tick in ticks if low / 1.2 <= tick <= high * 1.2])
+        axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if key == "ms" else count(value))
     axes.set_xlabel(_QUANTITIES[key])
     axes.grid(alpha=0.3)
 
@@ -200,13 +217,25 @@ def _figure(size: tuple[float, float]) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("plots need matplotlib: pip install 'lowrank_nn[plots]'.") from error
-    return Figure(figsize=size, layout="constrained")
+    return Figure(figsize=size)
 
 
 def _panels(number: int, *, sharex: bool, sharey: bool) -> tuple[Figure, list[Axes]]:
-    columns = min(number, _COLUMNS)
+    fewest = max(4, math.isqrt(number))
+    columns = number if number <= _ONE_ROW else min(range(fewest, fewest + 3), key=lambda c: (-number % c, -c))
     rows = -(-number // columns)
-    figure = _figure((max(5.0, _PANEL[0] * columns), 1.1 + _PANEL[1] * rows))
+    inner = [n * size + (n - 1) * gap for n, size, gap in zip((columns, rows), _PANEL, _GAP, strict=True)]
+    width, height = _LEFT + inner[0] + _RIGHT, _TOP + inner[1] + _BOTTOM
+    figure = _figure((width, height))
+    # Laid out by hand: with many panels that takes a third of the time of an automatic layout.
+    figure.subplots_adjust(
+        left=_LEFT / width,
+        right=1 - _RIGHT / width,
+        top=1 - _TOP / height,
+        bottom=_BOTTOM / height,
+        wspace=_GAP[0] / _PANEL[0],
+        hspace=_GAP[1] / _PANEL[1],
+    )
     grid = figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False).flatten()
     for axes in grid[number:]:
         axes.remove()
@@ -218,15 +247,23 @@ def _panels(number: int, *, sharex: bool, sharey: bool) -> tuple[Figure, list[Ax
     return figure, list(grid[:number])
 
 
-def _finish(figure: Figure, first: Axes, title: str, shown: int, known: int) -> None:
-    figure.suptitle(title if shown == known else f"{title} ({shown} of {known} layers, the largest)", fontsize=10)
-    _legend(figure, first)
+def _entitle(figure: Figure, title: str, shown: int, known: int) -> None:
+    width, height = figure.get_size_inches()
+    some = "" if shown == known else f" ({shown} of {known} layers, the largest)"
+    figure.suptitle(title + some, fontsize=10, x=_LEFT / width, y=1 - 0.12 / height, ha="left", va="top")
 
 
-def _legend(figure: Figure, first: Axes) -> None:
-    handles, labels = first.get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=8, frameon=False)
+def _label(figure: Figure, x: str, y: str, labelled: Axes) -> None:
+    width, height = figure.get_size_inches()
+    figure.supxlabel(x, fontsize=9, x=(1 + (_LEFT - _RIGHT) / width) / 2, y=0.1 / height)
+    figure.supylabel(y, fontsize=9, x=0.1 / width)
+    below_title = (1.0, 1 - 0.5 / height)
+    handles = labelled.get_legend_handles_labels()
+    figure.legend(*handles, loc="upper right", bbox_to_anchor=below_title, fontsize=8, frameon=False)
+
+
+def _mode_names(modes: Sequence[Spectrum]) -> tuple[str, ...]:
+    return _MODES[:1] if len(modes) == 1 else _MODES[1:]
 
 
 def _largest(items: Sequence[Any], sizes: Sequence[float], most: int) -> list[Any]:
@@ -244,14 +281,20 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": colour, "marker": _MARKERS[index % len(_MARKERS)], "markeredgewidth": 0}
 
 
-def _name(candidate: Candidate | None) -> str:
-    if candidate is None:
-        return ""
-    return "dense" if candidate.layer_class is None else candidate.layer_class.__name__
+def _name(candidate: Candidate) -> str:
+    return "dense" if candidate.layer_class is None else _format(candidate.layer_class)
 
 
-def _rank(candidate: Candidate | None) -> str:
-    return "" if candidate is None or candidate.layer_class is None else str(candidate.options["rank"])
+def _format(cls: type[nn.Module]) -> str:
+    return cls.__name__.removesuffix("Conv2d").removesuffix("Linear")
+
+
+def _title(axes: Axes, layer: LayerChoices, more: str = "") -> None:
+    chosen = "dense"
+    if layer.layer_class is not None:
+        rank = str(layer.options["rank"]).replace("None", "-")
+        chosen = f"{_format(layer.layer_class)} rank {rank}"
+    axes.set_title(f"{_short(layer.path)}\n{chosen}{more}", fontsize=7)
 
 
 def _short(path: str, most: int = 30) -> str:
