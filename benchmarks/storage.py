@@ -3,8 +3,8 @@
 Prints Markdown tables, on one thread. Sizes are those of a CIFAR ResNet (``--weights``, a safetensors file) whose
 convolutions and classifier are quantized and pruned one by one, with no training. "Entropy" is what the tensors take
 at best, every coded symbol by its share in its tensor: integers by their values, masks by the distances between the
-entries they keep. Speeds of coding are medians over rounds of processor time, those of decoding also set against a copy of
-the symbols in memory; saving and loading are timed by the clock, in turn with safetensors.
+entries they keep. Speeds of coding are medians over rounds of processor time, those of decoding also set against a copy
+of the symbols in memory; saving and loading are timed by the clock, in turn with safetensors.
 
     python benchmarks/storage.py --weights DIR/weights/cifar10_resnet20.safetensors
 """

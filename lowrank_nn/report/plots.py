@@ -125,7 +125,7 @@ def sweep_figure(rows: Iterable[Mapping[str, Any]], metric: str = "accuracy") ->
             f"with {', '.join(sorted({key for row in rows for key in row})) or 'nothing'}."
         )
     figure = _figure((1 + 3.4 * len(wanted), 3.4))
-    figure.set_layout_engine("constrained")
+    figure.set_layout_engine("constrained", wspace=0.08)
     panels = list(figure.subplots(1, len(wanted), squeeze=False, sharey=True)[0])
     for axes, key in zip(panels, wanted, strict=True):
         _draw_sweep(axes, rows, key, metric)
@@ -202,14 +202,23 @@ def _draw_sweep(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, metric:
             axes.plot(row[key], row[metric], "*", markersize=11, color="grey")
     low, high = min(row[key] for row in rows), max(row[key] for row in rows)
     if high > 3 * low > 0:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [first * 10.0**decade for decade in decades for first in (1, 2, 5)]
         axes.set_xscale("log")
-        axes.set_xticks([tick for tick in ticks if low / 1.2 <= tick <= high * 1.2])
+        axes.set_xticks(_log_ticks(low / 1.2, high * 1.2))
         axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if key == "ms" else count(value))
     axes.set_xlabel(_QUANTITIES[key])
     axes.grid(alpha=0.3)
+
+
+def _log_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Return round numbers from ``low`` to ``high`` that are evenly spread on a logarithmic axis."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [first * 10.0**decade for decade in decades for first in (1, 2, 5)]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    if len(shown) <= most:
+        return shown
+    whole = [10.0**decade for decade in decades if low <= 10.0**decade <= high]
+    return whole[:: -(-len(whole) // most)]
 
 
 def _figure(size: tuple[float, float]) -> Figure:

@@ -113,7 +113,7 @@ def test_no_text_lies_on_another(net, report):
     assert texts_overlap(spectra_figure(report.choices, net)) == []
     assert texts_overlap(candidates_figure(report.choices[1:2])) == []
     assert texts_overlap(candidates_figure(report.choices * 4)) == []
-    rows = [{"method": name, "accuracy": 90 - i, "params": 3**i, "ms": 1 + i / 9} for i in range(9) for name in "ab"]
+    rows = [{"method": name, "accuracy": 90 - i, "params": 3**i, "ms": 1 + i / 9} for i in range(12) for name in "ab"]
     assert texts_overlap(sweep_figure(rows)) == []
 
 
