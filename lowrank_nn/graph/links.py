@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -17,6 +18,7 @@ from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.places import ForwardWatch, Place
 from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.graph.sites import refuse_opaque, run_model
+from lowrank_nn.layers import CompressedLayer
 
 NORM_FORWARDS = (_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward)
 
@@ -59,7 +61,8 @@ def find_links(model: nn.Module, example_inputs: Any) -> dict[str, Link]:
         example_inputs: What it is called with; see :func:`lowrank_nn.graph.call_model`.
 
     Returns:
-        By path, in the order of the calls, for every ``nn.Conv2d`` and ``nn.Linear`` that is called exactly once.
+        By path, in the order of the calls, for every convolution (transposed too), ``nn.Linear`` and compressed layer
+        that is called exactly once.
 
     Raises:
         UnsupportedLayerError: The model is compiled or scripted, or holds layers that have no weights yet.
@@ -73,7 +76,7 @@ def find_links(model: nn.Module, example_inputs: Any) -> dict[str, Link]:
         with watch, _OutOfSight(watch):
             output = run_model(model, example_inputs)
         watch.end(output)
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+    layers = {path for path, layer in model.named_modules() if isinstance(layer, (_ConvNd, nn.Linear, CompressedLayer))}
     once = [path for path, calls in watch.calls.items() if len(calls) == 1 and path in layers]
     return {path: _link(model, watch, path) for path in once}
 
@@ -230,5 +233,6 @@ def _normalises(norm: nn.Module, layer: nn.Module, shape: Sequence[int]) -> bool
     """Whether ``norm`` shifts each of the layer's output channels by a running mean."""
     if not isinstance(norm, _NormBase) or norm.running_mean is None or type(norm).forward not in NORM_FORWARDS:
         return False
-    dims, channels = (4, layer.out_channels) if isinstance(layer, nn.Conv2d) else (2, layer.out_features)
-    return len(shape) == dims and norm.num_features == channels
+    arguments = layer.dense_arguments() if isinstance(layer, CompressedLayer) else vars(layer)
+    dims = 2 + len(arguments.get("kernel_size", ()))
+    return len(shape) == dims and norm.num_features == arguments.get("out_channels", arguments.get("out_features"))

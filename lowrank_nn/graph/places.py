@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.layers import CompressedLayer
 
-WHOLE = (nn.Conv2d, nn.Linear, CompressedLayer, _NormBase)
+WHOLE = (_ConvNd, nn.Linear, CompressedLayer, _NormBase)
 """Layers looked at from outside only: what they do inside may differ between a model and its compressed copy."""
 
 
