@@ -2,6 +2,7 @@
 
 from lowrank_nn.graph.costs import model_cost as model_cost
 from lowrank_nn.graph.costs import site_cost as site_cost
+from lowrank_nn.graph.fold import fold_batchnorm as fold_batchnorm
 from lowrank_nn.graph.inputs import call_model as call_model
 from lowrank_nn.graph.links import Link as Link
 from lowrank_nn.graph.links import find_links as find_links
