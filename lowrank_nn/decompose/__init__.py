@@ -6,6 +6,8 @@ from lowrank_nn.decompose.cp import cp_full_rank as cp_full_rank
 from lowrank_nn.decompose.cp import cp_sensitivity as cp_sensitivity
 from lowrank_nn.decompose.cp import cp_tensor as cp_tensor
 from lowrank_nn.decompose.epc import cp_epc as cp_epc
+from lowrank_nn.decompose.kmeans import kmeans_1d as kmeans_1d
+from lowrank_nn.decompose.kmeans import nearest_centroid as nearest_centroid
 from lowrank_nn.decompose.metric import Metric as Metric
 from lowrank_nn.decompose.metric import square_root as square_root
 from lowrank_nn.decompose.svd import singular_values as singular_values
