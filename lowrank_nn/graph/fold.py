@@ -128,6 +128,15 @@ def fold_proven(model: nn.Module, folds: Sequence[Fold], example_inputs: Any) ->
     return {fold.norm: f"folded into {fold.layer}, the model's outputs would change" for fold in refused}
 
 
+def folded_norms(dense: nn.Module, small: nn.Module, example_inputs: Any) -> dict[str, str]:
+    """Return, by path of a layer, the norm that it had behind it in ``dense`` and has taken up in ``small``."""
+    now = dict(small.named_modules(remove_duplicate=False))
+    norms = [path for path, module in dense.named_modules() if isinstance(module, _BatchNorm)]
+    gone = {path for path in norms if isinstance(now.get(path), nn.Identity)}
+    links = find_links(dense, example_inputs) if gone else {}
+    return {path: link.norm for path, link in links.items() if link.norm in gone and link.norm is not None}
+
+
 def fold_(model: nn.Module, fold: Fold) -> tuple[nn.Module, nn.Module]:
     """Replace the layer by one that has taken up the norm, and the norm by an ``nn.Identity``, in place.
 

@@ -14,6 +14,7 @@ from torch import nn
 from lowrank_nn.cost import compare_speed
 from lowrank_nn.errors import LowRankError, PlanError
 from lowrank_nn.graph import Recording, call_model, record
+from lowrank_nn.graph.fold import folded_norms
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.pipeline.apply import Apply
 from lowrank_nn.pipeline.dryrun import DryRun
@@ -196,6 +197,7 @@ def _compress(start: State, steps: list[Step]) -> Result:
             left=planned.left(dense),
             remarks=state.remarks,
             choices=planned.choices(),
+            folded=folded_norms(model, state.model, start.example_inputs),
         )
         if planned.latency is not None:
             report = dataclasses.replace(report, latency=_latency(model, state.model, start.example_inputs))
@@ -215,7 +217,11 @@ def compare(dense: nn.Module, small: nn.Module, example_inputs: Any, *, measure_
         PlanError: A model fails on these inputs, or ``small`` has no layer where ``dense`` has one.
     """
     report = make_report(
-        "result", (dense, record(dense, example_inputs)), (small, record(small, example_inputs)), left={}
+        "result",
+        (dense, record(dense, example_inputs)),
+        (small, record(small, example_inputs)),
+        left={},
+        folded=folded_norms(dense, small, example_inputs),
     )
     return dataclasses.replace(report, latency=_latency(dense, small, example_inputs)) if measure_speed else report
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowrank_nn.cost import Cost
 from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Recording, Site, model_cost, site_cost
+from lowrank_nn.graph.fold import norm_scale, scaled_weight
 from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.planning import LayerChoices
 from lowrank_nn.report import plots, render
@@ -189,6 +190,7 @@ def make_report(
     errors: dict[str, float] | None = None,
     remarks: dict[str, tuple[str, ...]] | None = None,
     choices: tuple[LayerChoices, ...] = (),
+    folded: Mapping[str, str] | None = None,
 ) -> Report:
     """Compare a model before and after compression.
 
@@ -200,6 +202,8 @@ def make_report(
         errors: Predicted relative weight errors, for a plan; without them the errors are measured and the files sized.
         remarks: What else there is to know about layers: remark to paths.
         choices: What low-rank steps chose for each layer, and out of what.
+        folded: By path of a layer, the norm of the dense model that it has taken up; its weight is compared with the
+            dense weight that has taken up the same.
     """
     rows = []
     counted: tuple[set[Tensor], set[Tensor]] = (set(), set())
@@ -207,7 +211,8 @@ def make_report(
         if site.inside is None and _has_matrix(site.layer):
             after = small[1][site.path]
             became, options = describe(after.layer)
-            error = _weight_error(site, after) if errors is None else errors.get(site.path)
+            scale = _scale(dense[0], (folded or {}).get(site.path))
+            error = _weight_error(site, after, scale) if errors is None else errors.get(site.path)
             costs = (_cost_once(place, seen) for place, seen in zip((site, after), counted, strict=True))
             rows.append(Row(site.path, describe(site.layer)[0], became, options, error, *costs))
     before, after_all = model_cost(*dense), model_cost(*small)
@@ -241,12 +246,19 @@ def _has_matrix(layer: nn.Module) -> bool:
     return not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and any(True for _ in weights)
 
 
-def _weight_error(before: Site, after: Site) -> float | None:
+def _scale(dense: nn.Module, norm: str | None) -> Tensor | None:
+    """Return what a norm multiplies each output channel of the layer in front of it by."""
+    return None if norm is None else norm_scale(dense.get_submodule(norm))
+
+
+def _weight_error(before: Site, after: Site, scale: Tensor | None) -> float | None:
     if not isinstance(after.layer, CompressedLayer):
         return None
     old, new = before.layer.weight, after.layer.weight
     assert isinstance(old, Tensor)
     assert isinstance(new, Tensor)
+    if scale is not None:
+        old = scaled_weight(before.layer, scale)
     change = norm = 0.0
     for was, now in zip(_row_blocks(old), _row_blocks(new), strict=True):
         change += float((was - now).square().sum())
