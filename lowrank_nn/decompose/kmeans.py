@@ -110,7 +110,7 @@ def _gather(values: Tensor, weights: Tensor | None) -> _Points:
     else:
         heaviness = np.ones(flat.size)
     x, place = np.unique(flat, return_inverse=True)
-    w: Floats = np.bincount(place.reshape(-1), weights=heaviness)
+    w: Floats = np.bincount(place.reshape(-1), weights=heaviness).astype(np.float64)
     centred = x - np.average(x, weights=w)
     sums = np.zeros((3, x.size + 1))
     np.cumsum([w, w * centred, w * centred**2], axis=1, out=sums[:, 1:])

@@ -63,11 +63,14 @@ class CompressedLayer(nn.Module, abc.ABC):
         replaces: The dense class this layer stands in for.
         stacks_on: Compressed classes that may be its source too, and whose effect (zeros, grid) it keeps.
         main_options: The constructor arguments that a report shows.
+        tables: Names of own parameters that say what stored integers stand for, such as a codebook: like scales they
+            count among the bytes of a layer, and not among its params.
     """
 
     replaces: ClassVar[type[nn.Module]]
     stacks_on: ClassVar[tuple[type[CompressedLayer], ...]] = ()
     main_options: ClassVar[tuple[str, ...]] = ()
+    tables: ClassVar[tuple[str, ...]] = ()
 
     from_pretrained_layer: ClassVar[Callable[..., CompressedLayer]]
     """The factory, ``from_pretrained_layer(layer, **options)``; every class has its own signature."""

@@ -149,7 +149,7 @@ def unit_scores(
         return units.sums(magnitude)
     if criterion == "l2":
         return units.sums(magnitude.square())
-    return units.sums(magnitude.square() * _relative(_checked_fisher(name, fisher, weight))) / 2
+    return units.sums(magnitude.square() * _relative(checked_fisher(name, fisher, weight))) / 2
 
 
 def _relative(values: Tensor) -> Tensor:
@@ -158,7 +158,12 @@ def _relative(values: Tensor) -> Tensor:
     return values / values.max().clamp_min(torch.finfo(values.dtype).tiny)
 
 
-def _checked_fisher(name: str, fisher: Tensor | None, weight: Tensor) -> Tensor:
+def checked_fisher(name: str, fisher: Tensor | None, weight: Tensor) -> Tensor:
+    """Return the Fisher information on the device of ``weight``.
+
+    Raises:
+        CalibrationError: It is missing, of another shape, negative or not finite.
+    """
     shape = tuple(weight.shape)
     if fisher is None:
         raise CalibrationError(

@@ -187,6 +187,14 @@ class PrunedLayer(CompressedLayer):
         return max(sparsity, reached)
 
 
+def sparsity_options(layer: nn.Module) -> dict[str, Any]:
+    """Return the options (window, nonzeros) by which another leaf carries over what of ``layer`` is pruned."""
+    if not isinstance(layer, PrunedLayer):
+        return {}
+    options: dict[str, Any] = {} if layer.window is None else {"window": layer.window}
+    return options | {"nonzeros": layer.nonzeros if layer.nonzeros < layer.kernel.numel() else None}
+
+
 def _alive(layer: nn.Module) -> Tensor | None:
     """Return which entries of the dense weight are not pruned yet; None for all."""
     if not isinstance(layer, PrunedLayer):

@@ -26,7 +26,7 @@ from lowrank_nn.layers._affine import (
 from lowrank_nn.layers._base import Packing
 from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._masks import keep_largest
-from lowrank_nn.layers._pruned import PrunedLayer
+from lowrank_nn.layers._pruned import PrunedLayer, sparsity_options
 from lowrank_nn.layers._quant_input import check_calibration
 from lowrank_nn.layers._shapes import draw_bias_
 from lowrank_nn.layers._source import read_layer
@@ -162,7 +162,7 @@ class QuantLayer(IntegerLayer):
         check_calibration(cls.__name__, activation_bits, inputs, input_range)
         source = read_layer(layer, cls)
         options: dict[str, Any] = {"bits": bits, "scheme": scheme, "activation_bits": activation_bits}
-        new = source.empty(cls, **options, frozen=frozen, **_sparsity(layer))
+        new = source.empty(cls, **options, frozen=frozen, **sparsity_options(layer))
         if new.mask is not None:
             assert isinstance(layer, PrunedLayer)
             new.mask.copy_(layer.mask)
@@ -330,11 +330,3 @@ class QuantLayer(IntegerLayer):
     def _per_channel(self, scale: Tensor) -> Tensor:
         """Return ``scale`` in a shape that broadcasts to the stored kernel."""
         return scale.reshape(-1, *(1,) * (len(self.weight_shape) - 1))
-
-
-def _sparsity(layer: nn.Module) -> dict[str, Any]:
-    """Return the options that carry over what of ``layer`` is pruned."""
-    if not isinstance(layer, PrunedLayer):
-        return {}
-    options: dict[str, Any] = {} if layer.window is None else {"window": layer.window}
-    return options | {"nonzeros": layer.nonzeros if layer.nonzeros < layer.kernel.numel() else None}

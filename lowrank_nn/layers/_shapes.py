@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowrank_nn.cost import conv_output_size
 from lowrank_nn.errors import OptionError
 from lowrank_nn.layers._base import CompressedLayer
+from lowrank_nn.layers._window import Window, windowed_conv2d
 
 Size = int | Sequence[int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -83,6 +84,27 @@ class CompressedConv2d(CompressedLayer):
     def fan_in(self) -> int:
         """Inputs that one output sums over, ``in_channels / groups * kh * kw``."""
         return math.prod(self.weight_shape[1:])
+
+    def convolve(self, input: Tensor, kernel: Tensor, window: Window | None = None) -> Tensor:
+        """Convolve with ``kernel`` as this layer's geometry says, and add the bias.
+
+        Args:
+            input: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``.
+            kernel: The dense kernel, or the part of it that lies in ``window``.
+            window: Place of ``kernel`` in the dense one; None where it is all of it.
+        """
+        return windowed_conv2d(
+            input,
+            kernel,
+            self.bias,
+            window=window,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=self.padding_mode,
+        )
 
     def make_pointwise(self, in_channels: int, out_channels: int, *, bias: bool, **factory: Any) -> nn.Conv2d:
         """Build a 1 x 1 convolution in this layer's groups; ``factory`` is device and dtype."""

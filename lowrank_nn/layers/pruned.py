@@ -27,7 +27,7 @@ from lowrank_nn.layers._masks import (
 from lowrank_nn.layers._pruned import PrunedLayer, open_scores
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size
 from lowrank_nn.layers._source import read_layer
-from lowrank_nn.layers._window import Window, check_window, crop_window, embed_window, windowed_conv2d
+from lowrank_nn.layers._window import Window, check_window, crop_window, embed_window
 
 
 @register_layer
@@ -168,18 +168,7 @@ class PrunedConv2d(PrunedLayer, CompressedConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        return windowed_conv2d(
-            input,
-            self.masked_kernel(),
-            self.bias,
-            window=self.window,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
-        )
+        return self.convolve(input, self.masked_kernel(), self.window)
 
     def dense_weight(self) -> Tensor:
         """Return kernel * mask with the window's surroundings, ``(out_channels, in_channels / groups, kh, kw)``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._quantized import QuantLayer, Scheme
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size
-from lowrank_nn.layers._window import check_window, embed_window, pad_and_crop, window_padding, windowed_conv2d
+from lowrank_nn.layers._window import check_window, embed_window, pad_and_crop, window_padding
 from lowrank_nn.layers.pruned import PrunedConv2d, PrunedLinear
 
 
@@ -94,18 +94,7 @@ class QuantConv2d(CompressedConv2d, QuantLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with the rounded weight: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        return windowed_conv2d(
-            self._quantized_input(input),
-            self.stored_weight(),
-            self.bias,
-            window=self.window,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
-        )
+        return self.convolve(self._quantized_input(input), self.stored_weight(), self.window)
 
     def dense_weight(self) -> Tensor:
         """Return s (q - z), shape ``(out_channels, in_channels / groups, kh, kw)``."""

@@ -89,7 +89,7 @@ def check_cost(cls: type[CompressedLayer], case: Case) -> None:
     """``cost().params`` counts the stored scalars, and twice ``cost().macs`` is what torch's flop counter counts."""
     layer, x = built(cls, case), case.input(batched=True)
     cost = layer.cost(tuple(x.shape))
-    stored = sum(t.numel() for t in (*layer.parameters(), *_codes(layer)))
+    stored = sum(t.numel() for module in layer.modules() for t in (*_weights(module), *_codes(module)))
     expect(cost.params == stored, f"cost().params is {cost.params}, {stored} scalars are stored")
     with FlopCounterMode(display=False) as counter:
         layer(x)
@@ -102,9 +102,15 @@ def check_cost(cls: type[CompressedLayer], case: Case) -> None:
     expect(same == cost, f"the cost without batch dimension is {same}, of a batch of one {cost}")
 
 
-def _codes(layer: nn.Module) -> list[Tensor]:
+def _weights(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters, without tables of what its integers stand for."""
+    tables = module.tables if isinstance(module, CompressedLayer) else ()
+    return [p for name, p in module.named_parameters(recurse=False) if name not in tables]
+
+
+def _codes(module: nn.Module) -> list[Tensor]:
     """Weights that are stored as integers; tables beside them (scales, masks) are no parameters."""
-    return [b for b in layer.buffers() if b.dtype in (torch.int8, torch.uint8) and b.dim() > 1]
+    return [b for b in module.buffers(recurse=False) if b.dtype in (torch.int8, torch.uint8) and b.dim() > 1]
 
 
 def _saved_bytes(module: nn.Module) -> int:
@@ -112,6 +118,7 @@ def _saved_bytes(module: nn.Module) -> int:
     packing = module.packing() if isinstance(module, CompressedLayer) else {}
     masks = {rule.mask for rule in packing.values()} - {None}
     own = dict(itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)))
+    own = {name: tensor for name, tensor in own.items() if name not in module._non_persistent_buffers_set}
     total = 0
     for name, tensor in own.items():
         rule = packing.get(name, Packing())
