@@ -22,6 +22,8 @@ from lowrank_nn.errors import UnsupportedLayerError as UnsupportedLayerError
 from lowrank_nn.graph import fold_batchnorm as fold_batchnorm
 from lowrank_nn.layers import LAYERS as LAYERS
 from lowrank_nn.layers import VBMF as VBMF
+from lowrank_nn.layers import CodebookConv2d as CodebookConv2d
+from lowrank_nn.layers import CodebookLinear as CodebookLinear
 from lowrank_nn.layers import CompressedLayer as CompressedLayer
 from lowrank_nn.layers import CPConv2d as CPConv2d
 from lowrank_nn.layers import Energy as Energy
@@ -41,10 +43,12 @@ from lowrank_nn.layers import register_layer as register_layer
 from lowrank_nn.pipeline import Apply as Apply
 from lowrank_nn.pipeline import FineTune as FineTune
 from lowrank_nn.pipeline import FoldBatchNorm as FoldBatchNorm
+from lowrank_nn.pipeline import GroupLasso as GroupLasso
 from lowrank_nn.pipeline import LowRank as LowRank
 from lowrank_nn.pipeline import Prune as Prune
 from lowrank_nn.pipeline import Quantize as Quantize
 from lowrank_nn.pipeline import Result as Result
+from lowrank_nn.pipeline import ScaleL1 as ScaleL1
 from lowrank_nn.pipeline import Step as Step
 from lowrank_nn.pipeline import compare as compare
 from lowrank_nn.pipeline import compress_model as compress_model

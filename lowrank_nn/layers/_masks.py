@@ -97,6 +97,12 @@ class Units:
         blocks = values.reshape(self.blocks)
         return blocks.sum(spanned, keepdim=True) if spanned else blocks
 
+    def norms(self, values: Tensor) -> Tensor:
+        """Return the Euclidean norm of each unit, shape :attr:`grid`; its gradient is zero where the norm is."""
+        spanned = _SPANNED[self.granularity]
+        blocks = values.reshape(self.blocks)
+        return torch.linalg.vector_norm(blocks, dim=spanned, keepdim=True) if spanned else blocks.abs()
+
     def spread(self, keep: Tensor, weight_shape: tuple[int, ...]) -> Tensor:
         """Return the mask of the weight's scalars from one entry per unit; no two of them share memory."""
         return keep.expand(self.blocks).contiguous().reshape(weight_shape)

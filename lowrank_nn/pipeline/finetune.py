@@ -28,6 +28,7 @@ from lowrank_nn.planning import BatchLoss
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
 MakeGuidance = Callable[[nn.Module, nn.Module], FeatureLoss]
+Penalty = Callable[[nn.Module], Tensor]
 
 
 class FineTune(Step):
@@ -64,6 +65,7 @@ class FineTune(Step):
         ignore_index: Target that is left out of the default loss.
         guidance: Dotted paths of layers whose features follow the teacher's, with balanced weight; or a function of
             teacher and student that makes a :class:`lowrank_nn.distill.Guidance`. Added to the loss.
+        regularizer: ``regularizer(model)``, a scalar added to the loss, such as :class:`lowrank_nn.GroupLasso`.
         evaluate: ``evaluate(model)``, a number that is better when larger; called after every epoch, in eval mode and
             without gradients, and in every process (the mean over processes counts).
         restore_best: Whether to end with the state of the best evaluation instead of the last; the state before
@@ -96,6 +98,7 @@ class FineTune(Step):
         class_dim: int = 1,
         ignore_index: int = -100,
         guidance: Sequence[str] | MakeGuidance | None = None,
+        regularizer: Penalty | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
         restore_best: bool = False,
         checkpoint: str | Path | None = None,
@@ -125,6 +128,7 @@ class FineTune(Step):
         self.teacher, self.temperature, self.alpha = teacher, temperature, alpha
         self.class_dim, self.ignore_index = class_dim, ignore_index
         self.guidance = [guidance] if isinstance(guidance, str) else guidance
+        self.regularizer = regularizer
         self.evaluate, self.restore_best = evaluate, restore_best
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.autocast = autocast
@@ -173,7 +177,7 @@ class FineTune(Step):
         return Guidance(teacher, student, self.guidance, weight="balanced")
 
     def _loss(self, state: State, teacher: nn.Module, guidance: FeatureLoss | None, device: torch.device) -> BatchLoss:
-        """Return the loss of one batch: the task's, and the guidance on top."""
+        """Return the loss of one batch: the task's, and guidance and regularizer on top."""
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
             inputs, targets, expected = None, None, None
@@ -195,11 +199,14 @@ class FineTune(Step):
                 )
             return task if guidance is None else guidance.total(task)
 
-        def mixed(model: nn.Module, batch: Any) -> Tensor:
-            with torch.autocast(device.type, dtype=self.autocast):
-                return loss(model, batch)
+        def complete(model: nn.Module, batch: Any) -> Tensor:
+            mixed = self.autocast is not None
+            with torch.autocast(device.type, dtype=self.autocast) if mixed else contextlib.nullcontext():
+                value = loss(model, batch)
+            # Of the model itself: the wrapper of several processes has other names for its parts.
+            return value if self.regularizer is None else value + self.regularizer(state.model)
 
-        return loss if self.autocast is None else mixed
+        return complete
 
     def _adamw(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=1e-4)

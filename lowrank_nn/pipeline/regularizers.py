@@ -1,0 +1,160 @@
+"""Penalties that drive whole units of a network to zero during training, so that pruning them costs nothing."""
+
+from __future__ import annotations
+
+import abc
+import fnmatch
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lowrank_nn.errors import OptionError, PlanError
+from lowrank_nn.graph.sites import describe_paths
+from lowrank_nn.layers._masks import Granularity, Units
+from lowrank_nn.pipeline.select import Patterns, as_patterns
+
+FOR_LINEAR = ("element", "channel", "filter")
+"""Granularities that a linear layer has."""
+
+
+class Regularizer(abc.ABC):
+    """A penalty on the weights of a model: ``loss = loss + penalty(model)``, or ``FineTune(regularizer=penalty)``.
+
+    Args:
+        strength: Factor of the penalty, not negative.
+    """
+
+    def __init__(self, strength: float) -> None:
+        if not (math.isfinite(strength) and strength >= 0):
+            raise OptionError(f"{type(self).__name__}: strength must be a number from 0, got {strength!r}.")
+        self.strength = strength
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """Return the penalty, a scalar that gradients flow through.
+
+        Args:
+            model: The model in training.
+
+        Raises:
+            PlanError: There is nothing in the model that the penalty is about.
+        """
+        return self.strength * torch.stack([term.sum() for term in self.terms(model)]).sum()
+
+    @abc.abstractmethod
+    def terms(self, model: nn.Module) -> Iterator[Tensor]:
+        """Yield the penalties of units, without the factor, in pieces of any shape; at least one."""
+
+
+class GroupLasso(Regularizer):
+    r"""Group lasso (l2,1 norm) on the units of each convolution and linear layer.
+
+    .. math:: R(W) = \lambda \sum_l \sum_u \sqrt{n_u} \, \| W_{l,u} \|_2
+
+    with u the units of layer l and n_u the weights in one, so that units of all sizes are under the same pressure.
+    The gradient is :math:`\lambda \sqrt{n_u} W_u / \| W_u \|`; where a unit is zero it is zero, which is a subgradient.
+
+    Acts on ``nn.Conv2d`` and ``nn.Linear``, the factors inside low-rank layers included.
+
+    Args:
+        strength: The factor lambda; 1e-5 to 1e-3 beside a mean cross-entropy.
+        granularity: What a unit is; see :class:`lowrank_nn.PrunedConv2d`. ``"filter"`` and ``"channel"`` for removal,
+            ``"group"`` (one kernel position of one channel, over all filters) or ``"shape"`` for kernel shapes. Linear
+            layers that do not have the granularity are left out.
+        where: Shell patterns on dotted paths of the layers wanted.
+        but_not: Shell patterns of the layers to leave alone, such as the classifier.
+
+    Raises:
+        OptionError: ``strength`` is negative.
+
+    References:
+        Wen et al. 2016, "Learning Structured Sparsity in Deep Neural Networks"; Lebedev and Lempitsky 2016, "Fast
+        ConvNets Using Group-wise Brain Damage"; Yuan and Lin 2006, "Model Selection and Estimation in Regression with
+        Grouped Variables" (the factor sqrt(n)).
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        granularity: Granularity = "filter",
+        *,
+        where: Patterns = "*",
+        but_not: Patterns = (),
+    ) -> None:
+        super().__init__(strength)
+        Units.of(type(self).__name__, granularity, (1, 1, 1, 1))  # refuses an unknown granularity
+        self.granularity: Granularity = granularity
+        self.where, self.but_not = where, but_not
+
+    def __repr__(self) -> str:
+        return f"GroupLasso({self.strength}, {self.granularity!r}, where={self.where!r}, but_not={self.but_not!r})"
+
+    def terms(self, model: nn.Module) -> Iterator[Tensor]:
+        """Yield sqrt(n_u) ||W_u|| of all units, layer by layer."""
+        name = type(self).__name__
+        fitting = (nn.Conv2d, nn.Linear) if self.granularity in FOR_LINEAR else (nn.Conv2d,)
+        for layer in _chosen(name, model, fitting, self.where, self.but_not):
+            assert isinstance(layer.weight, Tensor)
+            groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+            units = Units.of(name, self.granularity, tuple(layer.weight.shape), groups)
+            yield math.sqrt(units.size) * units.norms(layer.weight)
+
+
+class ScaleL1(Regularizer):
+    r"""L1 norm of the scales of batch normalisations: network slimming.
+
+    .. math:: R = \lambda \sum_l \| \gamma_l \|_1
+
+    Channels whose scale goes to zero become constant, and ``Prune(criterion="bn_scale")`` removes them. The gradient is
+    :math:`\lambda \operatorname{sign}(\gamma)`, zero at zero.
+
+    Args:
+        strength: The factor lambda; 1e-5 to 1e-4 beside a mean cross-entropy.
+        where: Shell patterns on dotted paths of the norms wanted.
+        but_not: Shell patterns of the norms to leave alone.
+
+    Raises:
+        OptionError: ``strength`` is negative.
+
+    References:
+        Liu et al. 2017, "Learning Efficient Convolutional Networks through Network Slimming".
+    """
+
+    def __init__(self, strength: float, *, where: Patterns = "*", but_not: Patterns = ()) -> None:
+        super().__init__(strength)
+        self.where, self.but_not = where, but_not
+
+    def __repr__(self) -> str:
+        return f"ScaleL1({self.strength}, where={self.where!r}, but_not={self.but_not!r})"
+
+    def terms(self, model: nn.Module) -> Iterator[Tensor]:
+        """Yield |gamma| of all norms."""
+        norms = _chosen(type(self).__name__, model, (_NormBase,), self.where, self.but_not)
+        scales = [norm.weight.abs() for norm in norms if isinstance(norm.weight, Tensor)]
+        if not scales:
+            raise PlanError("ScaleL1: no batch normalisation among those wanted has a scale (affine=True).")
+        yield from scales
+
+
+def _chosen(
+    name: str, model: nn.Module, kinds: tuple[type[nn.Module], ...], where: Patterns, but_not: Patterns
+) -> list[nn.Module]:
+    """Return the layers of these kinds whose path matches a pattern of ``where`` and none of ``but_not``."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
+    matched = {
+        pattern: {path for path in layers if fnmatch.fnmatchcase(path, pattern)} for pattern in _all(where, but_not)
+    }
+    for pattern, paths in matched.items():
+        if not paths:
+            raise PlanError(f"{name}: the pattern {pattern!r} matches no layer. {describe_paths(layers)}")
+    wanted = set().union(*(matched[pattern] for pattern in as_patterns(where)))
+    chosen = wanted.difference(*(matched[pattern] for pattern in as_patterns(but_not)))
+    if not chosen:
+        raise PlanError(f"{name}: but_not leaves no layer. {describe_paths(layers)}")
+    return [layer for path, layer in layers.items() if path in chosen]
+
+
+def _all(where: Patterns, but_not: Patterns) -> tuple[str, ...]:
+    return (*as_patterns(where), *as_patterns(but_not))
