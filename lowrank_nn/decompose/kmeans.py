@@ -88,7 +88,7 @@ def nearest_centroid(values: Tensor, centroids: Tensor) -> Tensor:
     """
     wide = torch.promote_types(torch.promote_types(values.dtype, centroids.dtype), torch.float32)
     borders = (centroids[1:].to(wide) + centroids[:-1].to(wide)) / 2
-    return torch.bucketize(values.to(wide), borders)
+    return torch.bucketize(values.to(wide).contiguous(), borders)
 
 
 class _Points(NamedTuple):

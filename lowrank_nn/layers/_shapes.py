@@ -85,18 +85,19 @@ class CompressedConv2d(CompressedLayer):
         """Inputs that one output sums over, ``in_channels / groups * kh * kw``."""
         return math.prod(self.weight_shape[1:])
 
-    def convolve(self, input: Tensor, kernel: Tensor, window: Window | None = None) -> Tensor:
-        """Convolve with ``kernel`` as this layer's geometry says, and add the bias.
+    def convolve(self, input: Tensor, kernel: Tensor, bias: Tensor | None, window: Window | None = None) -> Tensor:
+        """Convolve with ``kernel`` as this layer's geometry says.
 
         Args:
             input: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``.
             kernel: The dense kernel, or the part of it that lies in ``window``.
+            bias: ``(out_channels,)`` or None.
             window: Place of ``kernel`` in the dense one; None where it is all of it.
         """
         return windowed_conv2d(
             input,
             kernel,
-            self.bias,
+            bias,
             window=window,
             kernel_size=self.kernel_size,
             stride=self.stride,
@@ -152,6 +153,13 @@ class CompressedConv2d(CompressedLayer):
             **factory,
         )
 
+    def resize_to_stages_(self) -> None:
+        """Read channels and groups back from the first and the last stage."""
+        first, *_, last = self.stages()
+        assert isinstance(first, (nn.Conv2d, CompressedConv2d))
+        assert isinstance(last, (nn.Conv2d, CompressedConv2d))
+        self.in_channels, self.out_channels, self.groups = first.in_channels, last.out_channels, first.groups
+
     def output_shape(self, input_shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of the output, ``(*, out_channels, H', W')`` for an input ``(*, in_channels, H, W)``."""
         size = conv_output_size(input_shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation)
@@ -182,6 +190,13 @@ class CompressedLinear(CompressedLayer):
     def fan_in(self) -> int:
         """Inputs that one output sums over, ``in_features``."""
         return self.in_features
+
+    def resize_to_stages_(self) -> None:
+        """Read the numbers of features back from the first and the last stage."""
+        first, *_, last = self.stages()
+        assert isinstance(first, (nn.Linear, CompressedLinear))
+        assert isinstance(last, (nn.Linear, CompressedLinear))
+        self.in_features, self.out_features = first.in_features, last.out_features
 
     def output_shape(self, input_shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of the output, ``(*, out_features)``."""

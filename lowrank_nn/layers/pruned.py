@@ -168,7 +168,7 @@ class PrunedConv2d(PrunedLayer, CompressedConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        return self.convolve(input, self.masked_kernel(), self.window)
+        return self.convolve(input, self.masked_kernel(), self.bias, self.window)
 
     def dense_weight(self) -> Tensor:
         """Return kernel * mask with the window's surroundings, ``(out_channels, in_channels / groups, kh, kw)``."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_nn.layers._base import register_layer
+from lowrank_nn.layers._onednn import Geometry
 from lowrank_nn.layers._quantized import QuantLayer, Scheme
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size
 from lowrank_nn.layers._window import check_window, embed_window, pad_and_crop, window_padding
@@ -25,9 +26,10 @@ class QuantConv2d(CompressedConv2d, QuantLayer):
       2^(bits-1), to fit int8.
 
     With ``activation_bits`` the input is rounded to the unsigned affine grid of a fixed range, found by calibration;
-    inputs beyond it are clipped. ``forward`` computes in floating point with the rounded numbers;
-    ``integer_forward`` computes the same in integers. Gradients are straight-through: rounding counts as the identity,
-    clipping stops them.
+    inputs beyond it are clipped. In eval mode, on float32 inputs on the CPU and where no gradient is wanted, ``forward``
+    then runs on integer kernels if there are exact ones (symmetric scheme only); else it computes in floating point
+    with the rounded numbers, the same up to float rounding. Gradients are straight-through: rounding counts as the
+    identity, clipping stops them.
 
     Built by its constructor the layer trains from scratch (not frozen, and until ``calibrate`` with the input range
     [-4, 4]).
@@ -48,6 +50,7 @@ class QuantConv2d(CompressedConv2d, QuantLayer):
         frozen: Whether the weight is stored as integers; else it is a float parameter that is rounded in each forward.
         window: (top, left, height, width) of the rectangle of the kernel that is stored, the rest being zero.
         nonzeros: Entries of the stored kernel that a mask keeps; None for no mask.
+        chained: Whether the output may stay uncomputed on its way to other quantized layers, in eval mode.
         device: Device of the tensors.
         dtype: Dtype of parameters and scales.
 
@@ -83,6 +86,7 @@ class QuantConv2d(CompressedConv2d, QuantLayer):
         frozen: bool = False,
         window: Sequence[int] | None = None,
         nonzeros: int | None = None,
+        chained: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -91,24 +95,41 @@ class QuantConv2d(CompressedConv2d, QuantLayer):
         size = self.kernel_size if self.window is None else self.window[2:]
         shape = (*self.weight_shape[:2], *size)
         self._set_up(shape, bias, bits, scheme, activation_bits, frozen, nonzeros, device, dtype)
+        self.chained = chained
 
-    def forward(self, input: Tensor) -> Tensor:
+    def simulate(self, x: Tensor) -> Tensor:
         """Convolve with the rounded weight: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        return self.convolve(self._quantized_input(input), self.stored_weight(), self.window)
+        return windowed_conv2d(
+            self._quantized_input(x),
+            self.stored_weight(),
+            self.bias,
+            window=self.window,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=self.padding_mode,
+        )
+
+    def geometry(self) -> Geometry:
+        """Return where the stored kernel's taps are."""
+        window = self.window or (0, 0, *self.kernel_size)
+        pads = window_padding(window, self.kernel_size, self.padding, self.dilation)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return Geometry(self.stride, pads, self.dilation, self.groups, mode)
 
     def dense_weight(self) -> Tensor:
         """Return s (q - z), shape ``(out_channels, in_channels / groups, kh, kw)``."""
         return embed_window(self.stored_weight(), self.window, self.kernel_size)
 
     def _patches(self, codes: Tensor, zero_point: Tensor) -> Tensor:
-        window = self.window or (0, 0, *self.kernel_size)
-        pads = window_padding(window, self.kernel_size, self.padding, self.dilation)
         # Zeros are padded as the integer that stands for them. float32 holds these integers exactly, and pads them in
         # every mode.
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        geometry, size = self.geometry(), self.kernel_size if self.window is None else self.window[2:]
         centred = (codes.to(torch.float32) - zero_point).reshape(-1, *codes.shape[-3:])
-        padded = (pad_and_crop(centred, pads, mode) + zero_point).to(codes.dtype)
-        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, window[2:], strict=True)]
+        padded = (pad_and_crop(centred, geometry.pads, geometry.mode) + zero_point).to(codes.dtype)
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, size, strict=True)]
         taps = padded.unfold(2, reach[0], self.stride[0]).unfold(3, reach[1], self.stride[1])
         taps = taps[..., :: self.dilation[0], :: self.dilation[1]]
         taps = taps.reshape(taps.shape[0], self.groups, -1, *taps.shape[2:])
@@ -134,6 +155,7 @@ class QuantLinear(CompressedLinear, QuantLayer):
         activation_bits: Bits per entry of the input, 2 to 8; None leaves the input as it is.
         frozen: Whether the weight is stored as integers; else it is a float parameter that is rounded in each forward.
         nonzeros: Entries of the weight that a mask keeps; None for no mask.
+        chained: Whether the output may stay uncomputed on its way to other quantized layers, in eval mode.
         device: Device of the tensors.
         dtype: Dtype of parameters and scales.
 
@@ -162,15 +184,20 @@ class QuantLinear(CompressedLinear, QuantLayer):
         activation_bits: int | None = None,
         frozen: bool = False,
         nonzeros: int | None = None,
+        chained: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
         self._set_up(self.weight_shape, bias, bits, scheme, activation_bits, frozen, nonzeros, device, dtype)
+        self.chained = chained
 
-    def forward(self, input: Tensor) -> Tensor:
+    def simulate(self, x: Tensor) -> Tensor:
         """Apply the rounded weight: ``(*, in_features)`` to ``(*, out_features)``."""
-        return F.linear(self._quantized_input(input), self.stored_weight(), self.bias)
+        return F.linear(self._quantized_input(x), self.stored_weight(), self.bias)
+
+    def geometry(self) -> None:
+        """Return None: there are no taps."""
 
     def dense_weight(self) -> Tensor:
         """Return s (q - z), shape ``(out_features, in_features)``."""

@@ -20,7 +20,7 @@ STATE_KEYS = Path(__file__).parent / "state_keys.json"
 REFUSED: dict[str, set[str]] = {}
 """The cases that a class refuses; everything else it must serve."""
 
-ALWAYS_ROUNDS = {"QuantConv2d", "QuantLinear"}
+ALWAYS_ROUNDS = {"CodebookConv2d", "CodebookLinear", "QuantConv2d", "QuantLinear"}
 """Classes without lossless options."""
 
 VARIANTS: dict[str, dict[str, dict[str, object]]] = {
@@ -33,6 +33,8 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
         "random": {"criterion": "random"},
     },
     "PrunedLinear": {name: {"granularity": name} for name in ("channel", "filter")},
+    "CodebookConv2d": {"one_bit": {"bits": 1}, "eight_bits": {"bits": 8}, "linear": {"init": "linear"}},
+    "CodebookLinear": {"one_bit": {"bits": 1}, "density": {"init": "density"}, "random": {"init": "random"}},
     "QuantConv2d": {
         "affine": {"scheme": "affine"},
         "three_bits": {"bits": 3},
