@@ -41,6 +41,7 @@ from lowrank_nn.layers import SVDLinear as SVDLinear
 from lowrank_nn.layers import TuckerConv2d as TuckerConv2d
 from lowrank_nn.layers import register_layer as register_layer
 from lowrank_nn.pipeline import Apply as Apply
+from lowrank_nn.pipeline import ChannelLasso as ChannelLasso
 from lowrank_nn.pipeline import FineTune as FineTune
 from lowrank_nn.pipeline import FoldBatchNorm as FoldBatchNorm
 from lowrank_nn.pipeline import GroupLasso as GroupLasso

@@ -11,6 +11,7 @@ from lowrank_nn.pipeline.lowrank import LowRank as LowRank
 from lowrank_nn.pipeline.prune import Prune as Prune
 from lowrank_nn.pipeline.quantize import Quantize as Quantize
 from lowrank_nn.pipeline.recipes import RECIPES as RECIPES
+from lowrank_nn.pipeline.regularizers import ChannelLasso as ChannelLasso
 from lowrank_nn.pipeline.regularizers import GroupLasso as GroupLasso
 from lowrank_nn.pipeline.regularizers import ScaleL1 as ScaleL1
 from lowrank_nn.pipeline.result import Probe as Probe

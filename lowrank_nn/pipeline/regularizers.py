@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import fnmatch
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lowrank_nn.errors import OptionError, PlanError
+from lowrank_nn.graph.groups import ChannelGroup, Member
 from lowrank_nn.graph.sites import describe_paths
 from lowrank_nn.layers._masks import Granularity, Units
 from lowrank_nn.pipeline.select import Patterns, as_patterns
@@ -102,6 +103,56 @@ class GroupLasso(Regularizer):
             yield math.sqrt(units.size) * units.norms(layer.weight)
 
 
+class ChannelLasso(Regularizer):
+    r"""Group lasso on whole channel groups: everything that goes when a channel is removed, as one unit.
+
+    .. math:: R = \lambda \sum_u \sqrt{n_u} \Big( \sum_{m} \| \theta_{m,u} \|_2^2 \Big)^{1/2}
+
+    with :math:`\theta_{m,u}` the slice that unit u has of member m (rows of producers, columns of consumers, scale and
+    shift of norms, biases; buffers do not count), and n_u the number of weights in all of them. So a channel vanishes
+    from all layers that a residual sum ties together at once, and ``Prune`` can remove it at no loss.
+
+    Args:
+        groups: What :func:`lowrank_nn.find_groups` returned for the model; frozen groups are left out.
+        strength: The factor lambda.
+
+    Raises:
+        OptionError: ``strength`` is negative, or all groups are frozen.
+
+    References:
+        Wen et al. 2016, "Learning Structured Sparsity in Deep Neural Networks"; Fang et al. 2023, "DepGraph: Towards
+        Any Structural Pruning" (over all members of a group).
+    """
+
+    def __init__(self, groups: Sequence[ChannelGroup], strength: float) -> None:
+        super().__init__(strength)
+        self.groups = tuple(group for group in groups if not group.frozen)
+        if not self.groups:
+            raise OptionError("ChannelLasso: there is no group that anything can be removed from. Print the groups.")
+        self._positions = [[torch.tensor(member.positions) for member in group.members] for group in self.groups]
+
+    def __repr__(self) -> str:
+        return f"ChannelLasso({len(self.groups)} groups, {self.strength})"
+
+    def terms(self, model: nn.Module) -> Iterator[Tensor]:
+        """Yield sqrt(n_u) ||theta_u|| of all units, group by group."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for group, positions in zip(self.groups, self._positions, strict=True):
+            slices = [
+                _slices(parameters[member.name], member, where)
+                for member, where in zip(group.members, positions, strict=True)
+                if member.name in parameters
+            ]
+            if not slices:
+                raise PlanError(
+                    f"ChannelLasso: the model has no parameter of the group {group.name!r}. Find the groups of the "
+                    "model that is trained."
+                )
+            size = sum(part[0].numel() for part in slices)
+            norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in slices])
+            yield math.sqrt(size) * torch.linalg.vector_norm(norms, dim=0)
+
+
 class ScaleL1(Regularizer):
     r"""L1 norm of the scales of batch normalisations: network slimming.
 
@@ -136,6 +187,17 @@ class ScaleL1(Regularizer):
         if not scales:
             raise PlanError("ScaleL1: no batch normalisation among those wanted has a scale (affine=True).")
         yield from scales
+
+
+def _slices(parameter: Tensor, member: Member, positions: Tensor) -> Tensor:
+    """Return what each unit has of a parameter, shape (units, weights)."""
+    along = parameter.movedim(member.dim, 0)
+    if int(positions.max()) >= len(along):
+        raise PlanError(
+            f"ChannelLasso: {member.name} has {len(along)} entries along dim {member.dim}, the group wants "
+            f"{int(positions.max()) + 1}. Find the groups again after channels were removed."
+        )
+    return along[positions.to(parameter.device)].flatten(1)
 
 
 def _chosen(

@@ -7,6 +7,7 @@ from torch import nn
 
 import lowrank_nn as lnn
 from lowrank_nn.errors import OptionError, PlanError
+from lowrank_nn.graph.groups import ChannelGroup, Member
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -135,3 +136,53 @@ def test_fine_tune_takes_a_regularizer_and_whole_filters_vanish():
     assert live(plain) > 24
     assert 2 <= live(sparse) <= 16
     assert right(sparse) > 0.95
+
+
+def groups_of_net():
+    """The six channels between the convolutions of ``net``, and the frozen output."""
+    one = tuple((i,) for i in range(6))
+    members = [Member(name, 0, one, "out") for name in ("0.weight", "0.bias")]
+    members += [Member(f"1.{name}", 0, one, "through") for name in ("weight", "bias", "running_mean", "running_var")]
+    members.append(Member("3.weight", 1, one, "in"))
+    pairs = ChannelGroup("3", 2, (Member("3.weight", 0, ((0, 1), (2, 3)), "out"),))
+    frozen = ChannelGroup("6", 3, (Member("6.weight", 0, ((0,), (1,), (2,)), "out"),), frozen="reaches the output")
+    return ChannelGroup("0", 6, tuple(members)), pairs, frozen
+
+
+def test_channel_lasso_against_numpy():
+    model = net()
+    penalty = lnn.ChannelLasso(groups_of_net(), 0.2)
+    parts = (model[0].weight, model[0].bias, model[1].weight, model[1].bias)
+    rows = [t.detach().numpy().reshape(6, -1) for t in parts]
+    units = np.concatenate([*rows, model[3].weight.detach().numpy()[:, :, 0, 0].T], axis=1)
+    pairs = model[3].weight.detach().numpy().reshape(2, -1)
+    expected = sum(np.sqrt(u.shape[1]) * np.linalg.norm(u, axis=1).sum() for u in (units, pairs))
+    assert float(penalty(model).detach()) == pytest.approx(0.2 * expected, rel=1e-5)
+
+
+def test_channel_lasso_has_no_gradient_at_zero_and_pulls_all_members_together():
+    model = net()
+    with torch.no_grad():
+        for tensor in (model[0].weight, model[0].bias, model[1].weight, model[1].bias):
+            tensor[4] = 0
+        model[3].weight[:, 4] = 0
+    lnn.ChannelLasso(groups_of_net()[:1], 1.0)(model).backward()
+    for tensor in (model[0].weight, model[0].bias, model[1].weight, model[1].bias, model[3].weight):
+        assert tensor.grad.isfinite().all()
+    assert model[0].weight.grad[4].abs().max() == 0
+    unit = torch.cat([model[0].weight[1].flatten(), model[0].bias[1:2], model[1].weight[1:2], model[1].bias[1:2]])
+    unit = torch.cat([unit, model[3].weight[:, 1].flatten()]).detach()
+    expected = np.sqrt(len(unit)) * model[1].weight.detach()[1] / unit.norm()
+    assert float(model[1].weight.grad[1]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_channel_lasso_refuses_what_does_not_fit():
+    groups = groups_of_net()
+    with pytest.raises(OptionError, match="no group"):
+        lnn.ChannelLasso(groups[2:], 1.0)
+    with pytest.raises(PlanError, match="no parameter of the group '0'"):
+        lnn.ChannelLasso(groups, 1.0)(nn.Linear(2, 2))
+    small = net()
+    small[0] = nn.Conv2d(4, 4, (3, 2), groups=2)
+    with pytest.raises(PlanError, match=r"0.weight has 4 entries along dim 0, the group wants 6"):
+        lnn.ChannelLasso(groups, 1.0)(small)
