@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +40,12 @@ def tensors(value: Any) -> Iterator[Tensor]:
         inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
     for item in inner:
         yield from tensors(item)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a copy of ``value`` with every tensor that :func:`tensors` finds in it replaced by what it becomes."""
+    # Copying with the tensors foretold works for every container, whatever its constructor takes.
+    return copy.deepcopy(value, {id(tensor): change(tensor) for tensor in tensors(value)})
 
 
 def first_shape(value: Any) -> tuple[int, ...]:

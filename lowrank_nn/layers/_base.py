@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
 from lowrank_nn.cost import Cost, conv_output_size, dense_cost, tensor_cost
-from lowrank_nn.errors import LowRankError
+from lowrank_nn.errors import LowRankError, UnsupportedLayerError
 
 LAYERS: dict[str, type[CompressedLayer]] = {}
 """Every registered layer class by name: what save / load, the planner and the contract checks go through."""
@@ -112,6 +112,17 @@ class CompressedLayer(nn.Module, abc.ABC):
     @abc.abstractmethod
     def dense_arguments(self) -> dict[str, Any]:
         """Return the constructor arguments of the dense layer of the same shape."""
+
+    def resize_to_stages_(self) -> None:
+        """Read sizes back from the stages, after channels of these were removed.
+
+        Raises:
+            UnsupportedLayerError: The layer has no stages, or the class does not say how.
+        """
+        raise UnsupportedLayerError(
+            f"{type(self).__name__}: channels cannot be removed from a layer of this class. Leave it out "
+            "(but_not=...), or remove channels before it is put in place."
+        )
 
     def packing(self) -> Mapping[str, Packing]:
         """Return how ``save`` stores own tensors, by name; those not named are stored whole.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lowrank_nn.decompose import Metric
+from lowrank_nn.errors import UnsupportedLayerError
 from lowrank_nn.layers._base import CompressedLayer
 from lowrank_nn.layers._ranks import RankProblem, RankRule
 from lowrank_nn.layers._refine import refine_
@@ -107,6 +108,22 @@ class LowRankLayer(CompressedLayer):
         """The largest rank in each mode."""
         limits = cls.rank_problem(read_layer(layer, cls)).limits
         return {"rank": limits[0] if len(limits) == 1 else limits}
+
+    def stage_rank(self) -> Rank:
+        """Return the rank that the stages have, in the form that the constructor takes.
+
+        Raises:
+            UnsupportedLayerError: The class does not say.
+        """
+        raise UnsupportedLayerError(
+            f"{type(self).__name__}: channels cannot be removed from it, as the class has no stage_rank(). Leave the "
+            "layer out (but_not=...), or remove channels before it is put in place."
+        )
+
+    def resize_to_stages_(self) -> None:
+        """Read sizes and rank back from the stages, after channels of these were removed."""
+        super().resize_to_stages_()
+        self.rank = self.stage_rank()
 
     @property
     def bias(self) -> Tensor | None:

@@ -323,6 +323,10 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
         taps = math.prod(spatial, start=spatial[0].new_ones(())).reshape(self.groups, self.rank, *self.kernel_size)
         return torch.einsum("gor,grhw,gri->goihw", expand, taps, reduce).flatten(0, 1)
 
+    def stage_rank(self) -> int:
+        """Return the width of ``reduce``, per group."""
+        return self.reduce.out_channels // self.groups
+
     def stages(self) -> Iterator[nn.Module]:
         """Yield ``reduce``, ``spatial`` (or ``vertical`` and ``horizontal``) and ``expand``."""
         yield from self._stages()

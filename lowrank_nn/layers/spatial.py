@@ -204,6 +204,10 @@ class SpatialSVDConv2d(LowRankLayer, CompressedConv2d):
         horizontal = self.horizontal.weight.reshape(self.groups, -1, self.rank, self.kernel_size[1])
         return torch.einsum("gorw,grih->goihw", horizontal, vertical).flatten(0, 1)
 
+    def stage_rank(self) -> int:
+        """Return the width of ``vertical``, per group."""
+        return self.vertical.out_channels // self.groups
+
     def stages(self) -> Iterator[nn.Module]:
         """Yield ``vertical`` and ``horizontal``."""
         yield self.vertical

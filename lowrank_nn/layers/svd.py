@@ -155,6 +155,10 @@ class SVDLinear(LowRankLayer, CompressedLinear):
         """Return B A, shape ``(out_features, in_features)``."""
         return self.expand.weight @ self.reduce.weight
 
+    def stage_rank(self) -> int:
+        """Return the width of ``reduce``."""
+        return self.reduce.out_features
+
     def stages(self) -> Iterator[nn.Module]:
         """Yield ``reduce`` and ``expand``."""
         yield self.reduce
@@ -367,6 +371,10 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
         if self.order == "spatial_first":
             return torch.einsum("gor,grihw->goihw", second.flatten(3).squeeze(3), first).flatten(0, 1)
         return torch.einsum("gorhw,gri->goihw", second, first.flatten(3).squeeze(3)).flatten(0, 1)
+
+    def stage_rank(self) -> int:
+        """Return the width of ``reduce``, per group."""
+        return self.reduce.out_channels // self.groups
 
     def stages(self) -> Iterator[nn.Module]:
         """Yield ``reduce`` and ``expand``."""

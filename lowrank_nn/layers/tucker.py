@@ -327,6 +327,12 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
             weight = torch.einsum("goa,gaihw->goihw", expand, weight)
         return weight.flatten(0, 1)
 
+    def stage_rank(self) -> TuckerRank:
+        """Return the channels of ``core`` per group, None where it stands at an end."""
+        rank_out = None if self.expand is None else self.core.out_channels // self.groups
+        rank_in = None if self.reduce is None else self.core.in_channels // self.groups
+        return (rank_out, rank_in)
+
     def stages(self) -> Iterator[nn.Module]:
         """Yield ``reduce``, ``core`` and ``expand``, as far as they exist."""
         yield from self._stages()

@@ -1,0 +1,262 @@
+"""Proof that channels were removed and nothing else: a model without them against one in which they are zero."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lowrank_nn.errors import LowRankError, PlanError
+from lowrank_nn.graph.inputs import call_model, map_tensors, tensors
+from lowrank_nn.graph.preserve import evaluating, seed_all, untouched
+from lowrank_nn.graph.surgery import Cuts, Removal, cut_tensor, cuts_of, masked_units, named_tensors, remove_units
+
+TOLERANCE = 1e-4  # relative to the largest entry of the same tensor
+_ROUNDING = 1e4  # units of rounding, relative to the largest entry of all gradients or buffers
+_DROPOUTS = (
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    torch.dropout,
+    torch.alpha_dropout,
+    torch.feature_dropout,
+    torch.feature_alpha_dropout,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """Which removals leave the rest of the model as it is.
+
+    Attributes:
+        proven: The removals that were proven, all at once.
+        refused: By name of the group, why a removal was not.
+        untested: What could not be tested of the proven ones, in words; empty where everything was.
+    """
+
+    proven: tuple[Removal, ...]
+    refused: dict[str, str]
+    untested: str = ""
+
+
+def prove(model: nn.Module, removals: Sequence[Removal], example_inputs: Any, *, seed: int = 0) -> Proof:
+    """Find out which removals change nothing but that the channels are gone.
+
+    Twice the model runs on the same inputs: once with all slices of the doomed units zero in every member of their
+    groups, once without them. In eval mode the outputs must agree; in train mode, with dropout off and a batch twice as
+    large where the model allows that, also the gradients of all that is kept and the statistics of the norms. Both
+    runs are in float64, where the model runs in it: rounding is no excuse then.
+
+    All removals are tried at once first. Where they do not agree they are halved, so that a few bad ones among many
+    cost few runs.
+
+    Args:
+        model: Not changed; worked on is a copy.
+        removals: At most one for each group, all for the model as it is.
+        example_inputs: What the model is called with.
+        seed: Seed of what the model draws.
+
+    Raises:
+        PlanError: The model fails on the inputs.
+    """
+    trial = _Trial(model, example_inputs, seed)
+    proven: list[Removal] = []
+    refused: dict[str, str] = {}
+    queue = [list(removals)] if removals else []
+    while queue:
+        batch = queue.pop()
+        problem = trial.difference([*proven, *batch])
+        if not problem:
+            proven += batch
+        elif len(batch) == 1:
+            refused[batch[0].group.name] = problem
+        else:
+            middle = len(batch) // 2
+            queue += [batch[middle:], batch[:middle]]
+    order = {id(removal): index for index, removal in enumerate(removals)}
+    return Proof(tuple(sorted(proven, key=lambda removal: order[id(removal)])), refused, trial.untested)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What one forward gave, and in train mode one backward."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+class _Trial:
+    """A copy of the model on which removals are tried and undone."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, seed: int) -> None:
+        self._seed = seed
+        self._model, self._inputs = _widest(model, example_inputs, seed)
+        self._runs: list[tuple[str, Callable[[], _Run]]] = [("in eval mode", self._evaluate)]
+        self.untested = ""
+        for inputs in (_doubled(self._inputs), self._inputs):
+            try:
+                self._train(inputs)
+            except Exception as error:
+                self.untested = f"in train mode the model fails on the example inputs ({_short(error)})"
+            else:
+                self._runs.append(("in train mode", functools.partial(self._train, inputs)))
+                self.untested = ""
+                break
+
+    def difference(self, removals: Sequence[Removal]) -> str:
+        """Return how the model without some units differs from the one where they are zero; empty if it does not."""
+        try:
+            cuts = cuts_of(removals, named_tensors(self._model))
+            with masked_units(self._model, removals):
+                expected = [run() for _, run in self._runs]
+            undo = remove_units(self._model, removals)
+        except LowRankError as error:
+            return str(error)
+        try:
+            for (mode, run), before in zip(self._runs, expected, strict=True):
+                problem = _difference(before, run(), cuts)
+                if problem:
+                    return f"{problem} {mode} differ from those with the same channels held at zero"
+        except Exception as error:
+            return f"without these channels the forward fails: {_short(error)}"
+        finally:
+            undo()
+        return ""
+
+    def _evaluate(self) -> _Run:
+        with evaluating(self._model):
+            seed_all(self._seed)
+            return _Run(_copies(call_model(self._model, self._inputs)), {}, {})
+
+    def _train(self, inputs: Any) -> _Run:
+        with untouched(self._model), torch.enable_grad(), _NoDropout():
+            torch.backends.mha.set_fastpath_enabled(False)
+            seed_all(self._seed)
+            self._model.train()
+            for parameter in self._model.parameters():
+                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+            outputs = list(tensors(call_model(self._model, inputs)))
+            gradients = _gradients(self._model, outputs)
+            buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+            return _Run(_copies(outputs), gradients, buffers)
+
+
+class _NoDropout(TorchFunctionMode):
+    """Leaves out what draws one random number per channel, which would differ where there are fewer of these."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args, kwargs = args[:4], {**dict(zip(("dropout_p", "is_causal"), args[4:], strict=False)), **kwargs}
+            kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
+
+
+def _widest(model: nn.Module, example_inputs: Any, seed: int) -> tuple[nn.Module, Any]:
+    """Return a copy of the model, and its inputs, in float64 if it runs in that."""
+    failure: Exception | None = None
+    for wide in (True, False):
+        candidate, inputs = copy.deepcopy(model), example_inputs
+        if wide:
+            candidate, inputs = candidate.double(), map_tensors(_double, inputs)
+        try:
+            with evaluating(candidate):
+                seed_all(seed)
+                call_model(candidate, inputs)
+        except Exception as error:
+            failure = error
+        else:
+            return candidate, inputs
+    raise PlanError(f"{type(model).__name__}: the forward fails on example_inputs: {_short(failure)}.") from failure
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _doubled(example_inputs: Any) -> Any:
+    """Return the inputs with a batch twice as large: behind each entry along dim 0 stands a mirrored one."""
+    batch = next((tensor.shape[0] for tensor in tensors(example_inputs) if tensor.dim()), 0)
+
+    def twice(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != batch:
+            return tensor
+        mirrored = tensor.flip(-1) if tensor.dim() > 1 and tensor.is_floating_point() else tensor
+        return torch.cat([tensor, mirrored])
+
+    return map_tensors(twice, example_inputs)
+
+
+def _gradients(model: nn.Module, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the gradients of a fixed random projection of all outputs."""
+    reached = [output for output in outputs if output.requires_grad]
+    if not reached:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(output.shape, generator=generator, dtype=torch.float64) for output in reached]
+    losses = [(output * w.to(output)).sum().abs() for output, w in zip(reached, weights, strict=True)]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = torch.autograd.grad(losses, list(trained.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(trained, found, strict=True) if gradient is not None}
+
+
+def _difference(expected: _Run, got: _Run, cuts: Cuts) -> str:
+    """Return what differs between two runs, in words: the first kind of several."""
+    if not _agree(dict(enumerate(expected.outputs)), dict(enumerate(got.outputs))):
+        return "the outputs"
+    kinds = {"the gradients": (expected.gradients, got.gradients), "the buffers": (expected.buffers, got.buffers)}
+    for what, (before, after) in kinds.items():
+        if not _agree({name: cut_tensor(tensor, cuts.get(name, {})) for name, tensor in before.items()}, after):
+            return what
+    return ""
+
+
+def _agree(expected: Mapping[Any, Tensor], got: Mapping[Any, Tensor]) -> bool:
+    """Whether tensors of the same names are the same up to rounding."""
+    if expected.keys() != got.keys():
+        return False
+    largest = max((_size(tensor) for tensor in expected.values()), default=0.0)
+    return all(_close(tensor, got[name], largest) for name, tensor in expected.items())
+
+
+def _close(expected: Tensor, got: Tensor, largest: float) -> bool:
+    if expected.shape != got.shape or expected.dtype != got.dtype:
+        return False
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return torch.equal(expected, got)
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(got)):
+        return False
+    allowed = TOLERANCE * _size(expected) + _ROUNDING * torch.finfo(expected.dtype).eps * largest
+    return _size(torch.where(finite, got - expected, 0)) <= allowed
+
+
+def _size(tensor: Tensor) -> float:
+    """Return the largest finite absolute value; 0 for integers and for no values."""
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0.0
+    return float(torch.where(torch.isfinite(tensor), tensor, 0).abs().max())
+
+
+def _copies(value: Any) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors(value)]
+
+
+def _short(error: Exception | None) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 160 else text[:157] + '...'}"

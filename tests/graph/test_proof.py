@@ -1,0 +1,193 @@
+"""Proofs of removals: what is equal passes, what is not is refused with a reason, the model is left alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lowrank_nn.errors import PlanError
+from lowrank_nn.graph.groups import ChannelGroup, Member
+from lowrank_nn.graph.proof import prove
+from lowrank_nn.graph.surgery import Removal
+from tests.graph.hand_groups import chain_groups, each
+from tests.zoo._seeded import seeded
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def build(*layers):
+    return seeded(lambda: (nn.Sequential(*layers), None))()[0]
+
+
+def plain(width=8):
+    layers = [nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.5)]
+    layers += [nn.Conv2d(width, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 10), nn.Sigmoid()]
+    return build(*layers, nn.Linear(10, 4))
+
+
+def removals_of(model, *units):
+    return [Removal(group, units) for group in chain_groups(model) if not group.frozen]
+
+
+def test_everything_is_proven_at_once_and_nothing_is_touched():
+    model = plain()
+    model[0].weight.requires_grad_(False)
+    before, flags = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    torch.manual_seed(3)
+    random = torch.get_rng_state()
+    removals = removals_of(model, 1, 2)
+    proof = prove(model, removals, X)
+    assert proof.proven == tuple(removals)
+    assert (proof.refused, proof.untested) == ({}, "")
+    assert all(before[name].equal(tensor) for name, tensor in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class MeanOverChannels(nn.Module):
+    def forward(self, x):
+        return x * x.mean(1, keepdim=True)
+
+
+class BakedConstant(nn.Module):
+    def forward(self, x):
+        return x.view(len(x), 8, 64).reshape(x.shape)
+
+
+class Scaled(nn.Module):
+    """Reads the number of channels in a way that no shape error shows."""
+
+    def forward(self, x):
+        return x / x.shape[1]
+
+
+class OnlyBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / grad.shape[1]
+
+
+class WrongGradient(nn.Module):
+    def forward(self, x):
+        return OnlyBackward.apply(x)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "reason"),
+    [
+        (MeanOverChannels(), "the outputs in eval mode differ"),
+        (Scaled(), "the outputs in eval mode differ"),
+        (BakedConstant(), "without these channels the forward fails: RuntimeError: shape"),
+        (WrongGradient(), "the gradients in train mode differ"),
+    ],
+)
+def test_one_bad_group_among_many_is_refused(mixer, reason):
+    layers = []
+    for index in range(7):
+        layers += [nn.Conv2d(8 if index else 3, 8, 3, padding=1), mixer if index == 4 else nn.ReLU()]
+    model = build(*layers, nn.Flatten(), nn.Linear(512, 3))
+    removals = removals_of(model, 3)
+    proof = prove(model, removals, X)
+    assert list(proof.refused) == ["8"]
+    assert reason in proof.refused["8"]
+    assert [removal.group.name for removal in proof.proven] == ["0", "2", "4", "6", "10", "12"]
+
+
+def test_a_missing_member_is_found():
+    model = plain()
+    group = chain_groups(model)[0]
+    forgotten = ChannelGroup("0", 8, tuple(m for m in group.members if m.name != "4.weight"))
+    proof = prove(model, [Removal(forgotten, (0,))], X)
+    assert "without these channels the forward fails" in proof.refused["0"]
+
+
+def test_a_member_that_does_not_belong_is_found():
+    """The second layer's rows cut in the places of the first one's channels: shapes fit, values do not."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.out = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.out(F.relu(self.one(x)) + F.relu(self.two(x)))
+
+    model, x = Sum(), torch.randn(3, 5)
+    right = [Member(f"{name}.{p}", 0, each(6), "out") for name in ("one", "two") for p in ("weight", "bias")]
+    shifted = tuple((unit + 1) % 6 for unit in range(6))
+    wrong = [m if m.name.startswith("one") else Member(m.name, 0, tuple((p,) for p in shifted), "out") for m in right]
+    reads = Member("out.weight", 1, each(6), "in")
+    assert prove(model, [Removal(ChannelGroup("one", 6, (*right, reads)), (2,))], x).refused == {}
+    refused = prove(model, [Removal(ChannelGroup("one", 6, (*wrong, reads)), (2,))], x).refused
+    assert "the outputs in eval mode differ" in refused["one"]
+
+
+def test_batches_of_one_are_doubled_for_batch_statistics():
+    model = build(nn.Conv2d(3, 8, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    proof = prove(model, removals_of(model, 0), X[:1])
+    assert (proof.refused, proof.untested) == ({}, "")
+
+
+def test_what_cannot_be_tested_is_said():
+    class NoTraining(nn.Module):
+        def forward(self, x):
+            if self.training:
+                raise ValueError("targets are missing")
+            return x
+
+    model = build(nn.Conv2d(3, 8, 3), NoTraining(), nn.Conv2d(8, 4, 1))
+    proof = prove(model, removals_of(model, 0), X)
+    assert len(proof.proven) == 1
+    assert proof.untested == "in train mode the model fails on the example inputs (ValueError: targets are missing)"
+
+
+def test_models_that_only_run_in_their_own_dtype_are_tried_in_that():
+    class Float(nn.Module):
+        def forward(self, x):
+            return (
+                x * torch.ones(1, dtype=torch.float32).expand(x.shape).to(x.dtype) if x.dtype != torch.double else 1 / 0
+            )
+
+    model = build(nn.Conv2d(3, 8, 3), Float(), nn.Conv2d(8, 4, 1))
+    proof = prove(model, removals_of(model, 0), X)
+    assert len(proof.proven) == 1
+    assert prove(model.bfloat16(), removals_of(model, 0), X.bfloat16()).refused == {}
+
+
+def test_inputs_that_do_not_fit_are_an_error():
+    model = plain()
+    with pytest.raises(PlanError, match="Sequential: the forward fails on example_inputs: RuntimeError"):
+        prove(model, removals_of(model, 0), X[:, :2])
+
+
+def test_dropout_and_dict_inputs():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, batch):
+            y = F.dropout(self.one(batch["x"]).relu(), 0.5, self.training) * (torch.rand(len(batch["x"]), 1) + 0.5)
+            return {"logits": self.two(y), "largest": y.sum(1).argmax()}
+
+    members = [Member(f"one.{p}", 0, each(6), "out") for p in ("weight", "bias")]
+    group = ChannelGroup("one", 6, (*members, Member("two.weight", 1, each(6), "in")))
+    proof = prove(Net(), [Removal(group, (0, 4))], ({"x": torch.randn(3, 4)},))
+    assert (proof.refused, proof.untested) == ({}, "")
+
+
+def test_no_removals_no_work():
+    assert prove(plain(), [], X).proven == ()
+
+
+@pytest.mark.cuda
+def test_on_cuda():
+    model = plain().cuda()
+    assert len(prove(model, removals_of(model, 1), X.cuda()).proven) == 3
