@@ -1,26 +1,59 @@
-"""The integer reference of the quantized layers: what a fast kernel must compute, bit for bit."""
+"""Quantized layers in integers: on fast kernels where they can, and the reference that these must meet."""
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lowrank_nn.layers._affine import Grid, accumulator_dtype, integer_product, quantize, widened
+from lowrank_nn.layers._kernel import forget, kernel_for
+from lowrank_nn.layers._onednn import Geometry
 from lowrank_nn.layers._quant_input import QuantizedInputLayer
 
 
 class IntegerLayer(QuantizedInputLayer):
-    """Base of the layers that can compute in integers: y = s_x s_w sum (q_x - z_x) (q_w - z_w) + b."""
+    """Base of the layers that can compute in integers: y = s_x s_w sum (q_x - z_x) (q_w - z_w) + b.
+
+    Attributes:
+        chained: Whether the output may stay uncomputed on its way to other quantized layers, which then take it over as
+            integers. Set where the model was seen to use the output for nothing else.
+    """
 
     bias: torch.nn.Parameter | None
+    chained: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the layer: on integer kernels where that can be done, else by :meth:`simulate`.
+
+        Args:
+            input: Of the shape that the replaced layer takes.
+        """
+        kernel = kernel_for(self, input)
+        return self.simulate(input) if kernel is None else kernel(self, input)
+
+    @abc.abstractmethod
+    def simulate(self, x: Tensor) -> Tensor:
+        """Compute the layer in floating point with the rounded numbers; differentiable, in any dtype, anywhere."""
+
+    @abc.abstractmethod
+    def geometry(self) -> Geometry | None:
+        """Return where the taps of the convolution are; None for a linear layer."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        forget(self)  # the tensors are about to be moved or cast
+        result: Any = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return result  # type: ignore[no-any-return]
 
     def integer_forward(self, x: Tensor) -> Tensor:
         """Compute the layer in integers: uint8 inputs, int8 weights, int32 sums; scale and bias come last.
 
         Bit for bit what integer hardware computes, and up to float rounding what ``forward`` does: the reference for
-        fast kernels, not fast itself. The bias is added in floating point. No gradients.
+        fast kernels (:meth:`forward` in eval mode), not fast itself. The bias is added in floating point. No gradients.
 
         Args:
             x: Input of the same shape as for ``forward``.

@@ -12,6 +12,9 @@ from lowrank_nn.errors import OptionError
 Window = tuple[int, int, int, int]
 """Top, left, height and width of a rectangle of kernel positions."""
 
+Pads = tuple[int, int, int, int]
+"""Columns and rows around a map: left, right, top, bottom, in the order of ``F.pad``."""
+
 
 def check_window(name: str, window: Sequence[int] | None, kernel_size: tuple[int, int]) -> Window | None:
     """Return ``window`` as a tuple of ints, or None where it is None or covers the whole kernel.
@@ -64,9 +67,7 @@ def crop_window(weight: Tensor, window: Window | None) -> Tensor:
     return weight[..., top : top + height, left : left + width]
 
 
-def explicit_padding(
-    kernel_size: tuple[int, int], padding: str | tuple[int, int], dilation: tuple[int, int]
-) -> tuple[int, int, int, int]:
+def explicit_padding(kernel_size: tuple[int, int], padding: str | tuple[int, int], dilation: tuple[int, int]) -> Pads:
     """Return the rows and columns that ``padding`` adds: (left, right, top, bottom), in the order of ``F.pad``.
 
     ``"same"`` adds dilation * (k - 1) in all, the odd one at the right or bottom, as torch does.
@@ -83,7 +84,7 @@ def explicit_padding(
 
 def window_padding(
     window: Window, kernel_size: tuple[int, int], padding: str | tuple[int, int], dilation: tuple[int, int]
-) -> tuple[int, int, int, int]:
+) -> Pads:
     """Return the padding (left, right, top, bottom) with which the smaller convolution equals the dense one.
 
     The taps before the window start dilation * top rows further down, those behind it end dilation * (kh - top -
@@ -140,12 +141,12 @@ def windowed_conv2d(
     return F.conv2d(x, kernel, bias, stride, 0, dilation, groups)
 
 
-def pad_and_crop(x: Tensor, pads: tuple[int, int, int, int], mode: str) -> Tensor:
-    """Pad ``x`` by (left, right, top, bottom), where negative numbers cut off; ``mode`` as for ``F.pad``."""
+def pad_and_crop(x: Tensor, pads: Pads, mode: str, value: int | None = None) -> Tensor:
+    """Pad ``x`` by ``pads``, where negative numbers cut off; ``mode`` as for ``F.pad``, ``value`` for "constant"."""
     # Grow first: what is cut off on one side may be more than there was before the other side grew.
     grow = [max(p, 0) for p in pads]
     if any(grow):
-        x = F.pad(x, grow, mode=mode)
+        x = F.pad(x, grow, mode=mode, value=value if mode == "constant" else None)
     left, right, top, bottom = (max(-p, 0) for p in pads)
     # narrow() refuses a negative length, which an input smaller than the kernel gives; slices would wrap around.
     return x.narrow(-2, top, x.shape[-2] - top - bottom).narrow(-1, left, x.shape[-1] - left - right)

@@ -26,10 +26,10 @@ class QuantConv2d(CompressedConv2d, QuantLayer):
       2^(bits-1), to fit int8.
 
     With ``activation_bits`` the input is rounded to the unsigned affine grid of a fixed range, found by calibration;
-    inputs beyond it are clipped. In eval mode, on float32 inputs on the CPU and where no gradient is wanted, ``forward``
-    then runs on integer kernels if there are exact ones (symmetric scheme only); else it computes in floating point
-    with the rounded numbers, the same up to float rounding. Gradients are straight-through: rounding counts as the
-    identity, clipping stops them.
+    inputs beyond it are clipped. In eval mode, on float32 inputs on the CPU and where no gradient is wanted,
+    ``forward`` then runs on integer kernels if there are exact ones (symmetric scheme only); else it computes in
+    floating point with the rounded numbers, the same up to float rounding. Gradients are straight-through: rounding
+    counts as the identity, clipping stops them.
 
     Built by its constructor the layer trains from scratch (not frozen, and until ``calibrate`` with the input range
     [-4, 4]).
@@ -99,18 +99,7 @@ class QuantConv2d(CompressedConv2d, QuantLayer):
 
     def simulate(self, x: Tensor) -> Tensor:
         """Convolve with the rounded weight: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        return windowed_conv2d(
-            self._quantized_input(x),
-            self.stored_weight(),
-            self.bias,
-            window=self.window,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
-        )
+        return self.convolve(self._quantized_input(x), self.stored_weight(), self.bias, self.window)
 
     def geometry(self) -> Geometry:
         """Return where the stored kernel's taps are."""

@@ -1,0 +1,141 @@
+"""When a quantized layer runs on integer kernels, and how.
+
+Packed weights are neither saved nor copied: they live in a table beside the layers, which forgets a layer's when the
+layer goes, moves, or has another weight.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowrank_nn.layers._affine import Grid, unsigned_grid
+from lowrank_nn.layers._deferred import Deferred, Product
+from lowrank_nn.layers._onednn import CodeGrid, PackedWeight, encode, is_exact, sums_fit
+
+if TYPE_CHECKING:
+    from lowrank_nn.layers._integer import IntegerLayer
+
+Stamp = tuple[Tensor, int, int]
+
+
+class Kernel:
+    """A layer's weight, packed.
+
+    Args:
+        layer: The layer; :func:`obstacle` has nothing to say of it.
+    """
+
+    def __init__(self, layer: IntegerLayer) -> None:
+        scale, zero_point, grid = layer._input_grid("forward")
+        codes, weight_scale, _ = layer.integer_weight()
+        self._grid = CodeGrid(float(scale), int(zero_point), grid.high)
+        self._geometry = layer.geometry()
+        self._channels_last = _is_channels_last(codes)
+        self._weight = PackedWeight(codes.detach(), weight_scale.detach(), layer.bias, self._grid, self._geometry)
+
+    def __call__(self, layer: IntegerLayer, x: Tensor) -> Tensor:
+        """Compute ``layer`` on ``x``, or return a tensor that can be computed, where the layer is ``chained``."""
+        if self._geometry is not None and x.dim() == 3:
+            return self(layer, x.unsqueeze(0)).squeeze(0)
+        if isinstance(x, Deferred):
+            codes, channels_last = x.source.codes(self._grid), x.source.channels_last
+        else:
+            codes, channels_last = encode(x, self._grid), _is_channels_last(x)
+        shape = layer.output_shape(tuple(x.shape))
+        if self._geometry is None:
+            codes = codes.reshape(-1, codes.shape[-1])
+        elif not codes.is_contiguous(memory_format=torch.channels_last):
+            codes = codes.contiguous(memory_format=torch.channels_last)  # faster than in the kernel
+        product = Deferred(Product(self._weight, codes, shape, channels_last or self._channels_last))
+        # Who looks at function calls expects to see the layer's result.
+        return product if layer.chained and not torch._C._len_torch_function_stack() else product.plain()
+
+
+_KERNELS: weakref.WeakKeyDictionary[IntegerLayer, tuple[list[Stamp], Kernel | None]] = weakref.WeakKeyDictionary()
+
+
+def forget(layer: IntegerLayer) -> None:
+    """Let go of the layer's packed weight."""
+    _KERNELS.pop(layer, None)
+
+
+def kernel_for(layer: IntegerLayer, x: Tensor) -> Kernel | None:
+    """Return the kernel to compute ``layer`` on ``x`` with, or None where the layer has to be simulated.
+
+    That is in train mode, where gradients are wanted, where somebody records or transforms what is computed (compilers,
+    exporters, dispatch modes), in other dtypes than float32, on other devices than the CPU, and where :func:`obstacle`
+    says why.
+    """
+    if layer.training or layer.activation_bits is None or not _is_eager(x) or _wants_gradient(layer, x):
+        return None
+    known = _KERNELS.get(layer)
+    if known is None or not _is_current(layer, known[0]):
+        with torch.inference_mode(False), torch.no_grad():
+            kernel = None if obstacle(layer) else Kernel(layer)
+        known = _stamps(layer), kernel
+        _KERNELS[layer] = known
+    return known[1]
+
+
+def obstacle(layer: IntegerLayer) -> str:
+    """Return why the layer cannot run on integer kernels whatever its input is; empty if it can."""
+    grid = layer._weight_grid
+    if layer.activation_bits is None:
+        return "inputs are not quantized"
+    if grid != Grid(-grid.high, grid.high):
+        return "the kernels have no zero point for weights (scheme='affine')"
+    tensors = _own_tensors(layer)
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return "integer kernels are for the CPU"
+    if any(tensor.is_inference() for tensor in tensors):
+        return "tensors made in inference mode do not show their changes"
+    top = unsigned_grid(layer.activation_bits).high
+    if not is_exact(top, grid.high):
+        return "this machine has no exact integer kernels"
+    if not sums_fit(layer.integer_weight()[0], top):
+        return "sums could overflow 32 bits"
+    return ""
+
+
+def _own_tensors(layer: IntegerLayer) -> list[Tensor]:
+    return [t for table in (layer._parameters, layer._buffers) for t in table.values() if t is not None]
+
+
+def _stamps(layer: IntegerLayer) -> list[Stamp]:
+    if any(tensor.is_inference() for tensor in _own_tensors(layer)):
+        return []
+    return [(tensor, tensor._version, tensor.data_ptr()) for tensor in _own_tensors(layer)]
+
+
+def _is_current(layer: IntegerLayer, stamps: list[Stamp]) -> bool:
+    """Whether the layer has the same tensors as then, unchanged."""
+    tensors = _own_tensors(layer)
+    return len(tensors) == len(stamps) and all(
+        tensor is known and tensor._version == version and tensor.data_ptr() == place
+        for tensor, (known, version, place) in zip(tensors, stamps, strict=True)
+    )
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Whether ``x`` is an ordinary float32 tensor on the CPU and nobody records or transforms what is computed."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    if type(x) is not Deferred:
+        plain = type(x) is Tensor and x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0
+        if not plain or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+    return not torch._C._len_torch_dispatch_stack() and not torch.is_autocast_enabled("cpu")
+
+
+def _wants_gradient(layer: IntegerLayer, x: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(p.requires_grad for p in layer._parameters.values() if p is not None)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
