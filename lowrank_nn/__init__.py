@@ -42,6 +42,7 @@ from lowrank_nn.layers import TuckerConv2d as TuckerConv2d
 from lowrank_nn.layers import register_layer as register_layer
 from lowrank_nn.pipeline import Apply as Apply
 from lowrank_nn.pipeline import ChannelLasso as ChannelLasso
+from lowrank_nn.pipeline import Codebook as Codebook
 from lowrank_nn.pipeline import FineTune as FineTune
 from lowrank_nn.pipeline import FoldBatchNorm as FoldBatchNorm
 from lowrank_nn.pipeline import GroupLasso as GroupLasso
@@ -53,6 +54,7 @@ from lowrank_nn.pipeline import ScaleL1 as ScaleL1
 from lowrank_nn.pipeline import Step as Step
 from lowrank_nn.pipeline import compare as compare
 from lowrank_nn.pipeline import compress_model as compress_model
+from lowrank_nn.pipeline import deep_compression as deep_compression
 from lowrank_nn.pipeline import plan as plan
 from lowrank_nn.pipeline import sweep as sweep
 from lowrank_nn.planning import Budget as Budget
