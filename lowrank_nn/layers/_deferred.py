@@ -10,7 +10,8 @@ deferred tensor is right wherever it goes, and fast where it stays among quantiz
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -36,10 +37,11 @@ class Source(abc.ABC):
         shape: Shape of the tensor.
         channels_last: Memory format in which its floats are wanted.
         grid: What the bytes stand for; None as long as there are none.
+        makers: Weights of the layers whose output this is, activated, pooled or joined.
     """
 
-    def __init__(self, shape: Sequence[int], channels_last: bool) -> None:
-        self.shape, self.channels_last = tuple(shape), channels_last
+    def __init__(self, shape: Sequence[int], channels_last: bool, makers: tuple[PackedWeight, ...]) -> None:
+        self.shape, self.channels_last, self.makers = tuple(shape), channels_last, makers
         self.grid: CodeGrid | None = None
         self._codes: Tensor | None = None
 
@@ -88,7 +90,7 @@ class Product(Source):
         added: Source | None = None,
         activation: Activation = NONE,
     ) -> None:
-        super().__init__(shape, channels_last)
+        super().__init__(shape, channels_last, (weight,))
         self._weight, self._input = weight, codes
         self._added, self._activation = added, activation
 
@@ -97,9 +99,10 @@ class Product(Source):
         if self._added is None:
             return self._weight.run(self._input, grid, self._activation).view(self.shape)
         if grid is not None and self._added.grid is not None:
-            added = self._added.codes(self._added.grid).clone()
+            added = self._added.codes(self._added.grid).clone(memory_format=torch.channels_last)
             return self._weight.run_and_add(self._input, grid, added, self._added.grid, self._activation)
-        y = self._weight.run_and_add(self._input, None, self._added.values(), _UNIT, self._activation)
+        added = self._added.values().contiguous(memory_format=torch.channels_last)
+        y = self._weight.run_and_add(self._input, None, added, _UNIT, self._activation)
         return y if grid is None else encode(y, grid)
 
     def release(self) -> None:
@@ -127,7 +130,7 @@ class Pooled(Source):
     def __init__(
         self, source: Source, shape: Sequence[int], size: tuple[int, int], stride: tuple[int, int], pad: tuple[int, int]
     ) -> None:
-        super().__init__(shape, source.channels_last)
+        super().__init__(shape, source.channels_last, source.makers)
         self._source, self._window = source, (size, stride, pad)
 
     def compute(self, grid: CodeGrid | None) -> Tensor:
@@ -167,7 +170,7 @@ class Joined(Source):
     """Tensors one after the other along the channels (concatenation)."""
 
     def __init__(self, sources: Sequence[Source], shape: Sequence[int]) -> None:
-        super().__init__(shape, sources[0].channels_last)
+        super().__init__(shape, sources[0].channels_last, tuple(maker for s in sources for maker in s.makers))
         self._sources = tuple(sources)
 
     def compute(self, grid: CodeGrid | None) -> Tensor:
@@ -182,8 +185,8 @@ class Joined(Source):
 class Floats(Source):
     """An ordinary tensor: one that somebody asked for the floats of, and may have changed since."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__(tensor.shape, channels_last=False)
+    def __init__(self, tensor: Tensor, makers: tuple[PackedWeight, ...]) -> None:
+        super().__init__(tensor.shape, False, makers)
         self.tensor = tensor
 
     def codes(self, grid: CodeGrid) -> Tensor:
@@ -224,10 +227,13 @@ class Deferred(Tensor):
     def plain(self) -> Tensor:
         """Return the tensor, computed; the same one at every call."""
         if not isinstance(self.source, Floats):
+            if self.source.grid is not None:
+                for makers in _ROUNDED:
+                    makers.update(self.source.makers)
             y = self.source.values()
             # Floats leave in the format in which the simulated layer returns them: user code may call view().
             last = self.source.channels_last or y.dim() != 4
-            self.source = Floats(y if last else y.contiguous())
+            self.source = Floats(y if last else y.contiguous(), self.source.makers)
         return self.source.tensor
 
     @classmethod
@@ -253,6 +259,20 @@ class Deferred(Tensor):
         """Compute the tensor for operators that are called out of sight of Python."""
         args, kwargs = tree_map(_plain, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+_ROUNDED: list[set[PackedWeight]] = []
+
+
+@contextlib.contextmanager
+def rounded_tensors() -> Iterator[set[PackedWeight]]:
+    """Collect in a block the makers of tensors whose floats were wanted when they had been rounded to bytes already."""
+    makers: set[PackedWeight] = set()
+    _ROUNDED.append(makers)
+    try:
+        yield makers
+    finally:
+        _ROUNDED.remove(makers)
 
 
 def _plain(x: Any) -> Any:
@@ -293,9 +313,9 @@ def _addition(*, in_place: bool = False) -> Callable[..., Tensor | None]:
 
 
 def _max_pool(
-    x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+    x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, *options: Any, **others: Any
 ) -> Tensor | None:
-    if x.dim() != 4 or ceil_mode or _two(dilation) != (1, 1):
+    if x.dim() != 4 or any(options) or any(others.values()) or _two(dilation) != (1, 1):
         return None
     size, pad = _two(kernel_size), _two(padding)
     step = _two(stride) if stride else size
@@ -340,7 +360,11 @@ ADDITIONS: dict[Any, Callable[..., Tensor | None]] = {
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
     **dict.fromkeys((Tensor.add_, Tensor.__iadd__), _add_),
 }
-OTHERS: dict[Any, Callable[..., Tensor | None]] = {torch.max_pool2d: _max_pool, F.dropout: _dropout, torch.cat: _join}
+OTHERS: dict[Any, Callable[..., Tensor | None]] = {
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool),
+    F.dropout: _dropout,
+    torch.cat: _join,
+}
 """Functions that deferred tensors note, with how; those that return None leave it to the plain function."""
 
 _NOTED = {**ACTIVATIONS, **ADDITIONS, **OTHERS}

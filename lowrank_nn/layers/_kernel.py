@@ -27,6 +27,9 @@ class Kernel:
 
     Args:
         layer: The layer; :func:`obstacle` has nothing to say of it.
+
+    Attributes:
+        weight: The packed weight.
     """
 
     def __init__(self, layer: IntegerLayer) -> None:
@@ -35,7 +38,7 @@ class Kernel:
         self._grid = CodeGrid(float(scale), int(zero_point), grid.high)
         self._geometry = layer.geometry()
         self._channels_last = _is_channels_last(codes)
-        self._weight = PackedWeight(codes.detach(), weight_scale.detach(), layer.bias, self._grid, self._geometry)
+        self.weight = PackedWeight(codes.detach(), weight_scale.detach(), layer.bias, self._grid, self._geometry)
 
     def __call__(self, layer: IntegerLayer, x: Tensor) -> Tensor:
         """Compute ``layer`` on ``x``, or return a tensor that can be computed, where the layer is ``chained``."""
@@ -50,7 +53,7 @@ class Kernel:
             codes = codes.reshape(-1, codes.shape[-1])
         elif not codes.is_contiguous(memory_format=torch.channels_last):
             codes = codes.contiguous(memory_format=torch.channels_last)  # faster than in the kernel
-        product = Deferred(Product(self._weight, codes, shape, channels_last or self._channels_last))
+        product = Deferred(Product(self.weight, codes, shape, channels_last or self._channels_last))
         # Who looks at function calls expects to see the layer's result.
         return product if layer.chained and not torch._C._len_torch_function_stack() else product.plain()
 
@@ -72,6 +75,16 @@ def kernel_for(layer: IntegerLayer, x: Tensor) -> Kernel | None:
     """
     if layer.training or layer.activation_bits is None or not _is_eager(x) or _wants_gradient(layer, x):
         return None
+    return _known_kernel(layer)
+
+
+def packed_weight(layer: IntegerLayer) -> PackedWeight | None:
+    """Return the packed weight of a layer that can run on integer kernels."""
+    kernel = _known_kernel(layer)
+    return None if kernel is None else kernel.weight
+
+
+def _known_kernel(layer: IntegerLayer) -> Kernel | None:
     known = _KERNELS.get(layer)
     if known is None or not _is_current(layer, known[0]):
         with torch.inference_mode(False), torch.no_grad():

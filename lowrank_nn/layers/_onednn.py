@@ -126,7 +126,8 @@ class PackedWeight:
         Args:
             codes: Input.
             out: Grid of the bytes to return; None for float32.
-            added: What to add, of the output's shape: bytes if ``out`` is a grid, float32 if not. Overwritten.
+            added: What to add, of the output's shape, in channels-last order: bytes if ``out`` is a grid, float32 if
+                not. Overwritten.
             added_grid: What those bytes stand for.
             activation: ``("none", ())`` or ``("relu", ())``.
         """
