@@ -21,6 +21,7 @@ from lowrank_nn.planning.budget import Budget
 from lowrank_nn.planning.choices import Choices, Floats
 
 _FITS = 12  # ranks of one format that are fitted where a table only estimates their errors
+_GAIN = 0.3  # share of an estimated error that a fit takes off at most, as a rule
 _LEAST_KEPT = 1e-6  # a weight that keeps less of its energy than this counts as lost
 
 
@@ -104,12 +105,15 @@ def low_rank_candidates(
     found: list[Candidate] = []
     notes: list[str] = []
     judge = _Judge(layer, metric)
+    tables: list[_Table] = []
     for cls in (cls for cls in classes if isinstance(layer, cls.replaces)):
         for options in cls.formats:
             try:
-                found += _of_one_format(cls, options, judge, site_positions(site), multiple)
+                tables.append(_table(cls, options, judge, site_positions(site), multiple))
             except LowRankError as error:
                 notes.append(error.message)
+    for table in sorted(tables, key=lambda table: table.estimated):  # so that fits are spared where others are better
+        found += _candidates(table, judge, rivals=found if multiple == 1 else [])
     note = "" if found else (notes[0] if notes else "no format at any rank is smaller")
     scale = judge.size if metric is not None and metric.curvature is not None else None
     kept = undominated(found, Budget(params=1, macs=1)) if multiple == 1 else found
@@ -159,26 +163,65 @@ class _Judge:
         return self.squared(self.layer.weight.detach() - new.dense_weight().detach())
 
 
-def _of_one_format(
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """The ranks of one class and variant that save something and cost more of nothing.
+
+    ``rows`` holds the ranks, ``errors`` their squared errors under the metric, which only serve to compare them with
+    one another where they are ``estimated``.
+    """
+
+    layer_class: type[LowRankLayer]
+    options: dict[str, Any]
+    limits: tuple[int, ...]
+    itemsize: int
+    rows: IntArray
+    errors: Floats
+    params: IntArray
+    macs: IntArray
+    estimated: bool
+
+    def only(self, kept: NDArray[Any]) -> _Table:
+        """Return the table of some of its rows."""
+        columns = ("rows", "errors", "params", "macs")
+        return dataclasses.replace(self, **{name: getattr(self, name)[kept] for name in columns})
+
+
+def _table(
     cls: type[LowRankLayer], options: dict[str, Any], judge: _Judge, positions: list[Positions], multiple: int
-) -> list[Candidate]:
-    """Return the candidates of one class and variant that save something and cost more of nothing."""
+) -> _Table:
     source = read_layer(judge.layer, cls)
     problem = cls.rank_problem(source, **options)
     problem.multiple = multiple
-    table = problem.table(judge.metric)
-    params, macs, saves = rank_costs(problem, positions, table.ranks)
-    chosen = np.flatnonzero(saves & _aligned(table.ranks, problem))
+    ranks, errors, estimated = problem.table(judge.metric)
+    params, macs, saves = rank_costs(problem, positions, ranks)
+    itemsize = source.weight.element_size()
+    table = _Table(cls, options, problem.limits, itemsize, ranks, errors, params, macs, estimated)
+    return table.only(saves & _aligned(ranks, problem))
+
+
+def _candidates(table: _Table, judge: _Judge, rivals: list[Candidate]) -> list[Candidate]:
+    """Return what the rows of a table stand for; of estimated ones a few, fitted, which rivals may not beat."""
     if table.estimated:
-        chosen = chosen[_spread(params[chosen], table.errors[chosen])]
+        table = table.only(_spread(table.params, table.errors))
+        table = table.only(_promising(table, judge.size, rivals))
     found = []
-    for i in chosen:
-        rank = cls.rank_argument(tuple(int(r) for r in table.ranks[i]), problem.limits)
-        size, itemsize = int(params[i]), source.weight.element_size()
-        cost = Cost(size, int(macs[i]), size * itemsize, size)
-        error = judge.fit(cls, {"rank": rank, **options}) if table.estimated else float(table.errors[i])
-        found.append(Candidate(cls, {"rank": rank, **options}, max(0.0, error) / judge.size, cost))
+    for row, error, params, macs in zip(table.rows, table.errors, table.params, table.macs, strict=True):
+        rank = table.layer_class.rank_argument(tuple(int(r) for r in row), table.limits)
+        options = {"rank": rank, **table.options}
+        exact = judge.fit(table.layer_class, options) if table.estimated else float(error)
+        cost = Cost(int(params), int(macs), int(params) * table.itemsize, int(params))
+        found.append(Candidate(table.layer_class, options, max(0.0, exact) / judge.size, cost))
     return found
+
+
+def _promising(table: _Table, size: float, rivals: list[Candidate]) -> NDArray[np.bool_]:
+    """Return which rows a fit may make better than all rivals of no more parameters and MACs."""
+    best = np.full(len(table.rows), np.inf)
+    for rival in rivals:
+        beaten = (rival.cost.params <= table.params) & (rival.cost.macs <= table.macs)
+        best[beaten] = np.minimum(best[beaten], rival.error)
+    return (1 - _GAIN) * table.errors / size < best
 
 
 def _aligned(ranks: IntArray, problem: RankProblem) -> NDArray[np.bool_]:
