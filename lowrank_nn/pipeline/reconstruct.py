@@ -13,13 +13,15 @@ from tqdm.auto import tqdm
 from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import CalibrationError, LowRankError
 from lowrank_nn.graph import Link
-from lowrank_nn.graph.lockstep import Pair, Stop, run_in_lockstep
-from lowrank_nn.layers import LowRankLayer, layer_output_shape
+from lowrank_nn.graph.lockstep import Pair, run_in_lockstep
+from lowrank_nn.layers import CompressedLayer, LowRankLayer, layer_output_shape
 from lowrank_nn.planning.calibration import model_inputs
 from lowrank_nn.planning.regression import RIDGES, MomentSums, choose_ridge
 
 MAX_FEATURES = 5000
 LEAST_SCALE = 1e-2
+
+Refittable = LowRankLayer | nn.Conv2d | nn.Linear
 
 
 def reconstruct(
@@ -30,19 +32,21 @@ def reconstruct(
     *,
     links: Mapping[str, Link],
     curvature: Mapping[str, Tensor | None] | None = None,
+    outputs: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, str]:
-    r"""Refit low-rank layers one after the other, so that each repairs what is lost ahead of it.
+    r"""Refit compressed layers one after the other, so that each repairs what is lost ahead of it.
 
     With u the input patches that a layer gets in the compressed network, and t what the original layer returns in the
-    original network for the same image and position, the layer's factors are fitted anew, from those it has, to the
-    weight W* that is best for these data:
+    original network for the same image and position, the weight W* that is best for these data is
 
     .. math:: W^* = W + (D - W C)(C + \epsilon)^{-1}, \quad C = \operatorname{Cov}(u), \; D = \operatorname{Cov}(t, u)
 
-    under the metric of C and of the network's curvature H in the layer's output. The least squares are damped towards
-    the trained weight W, as much as is best for the fourth of the images held out for that. The refit is kept only if
+    The layer takes it; the factors of a low-rank layer are fitted to it, from those it has, under the metric of C and
+    of the network's curvature H in the layer's output. The least squares are damped towards the trained weight W (of a
+    layer that lost channels: what is left of it), as much as is best for the fourth of the images held out for that.
+    So a layer whose inputs were removed makes up for them by those it still has. The refit is kept only if
     it lowers the error :math:`E (t - \hat W u)^T H (t - \hat W u)`. Then the bias, or else the running mean of the
     normalisation behind the layer, is set so that the mean output is that of the original; where there is neither,
     the moments are taken about zero. The target of a layer whose branch ends in an addition also has what the other
@@ -54,13 +58,14 @@ def reconstruct(
 
     Args:
         dense: The original network; not changed.
-        small: A copy of it in which the layers at ``paths`` are low-rank; these, and running means behind them, are
-            changed in place. After an error or an interrupt it is as far as it got.
+        small: A copy of it in which the layers at ``paths`` are low-rank, or lost channels; these, and running means
+            behind them, are changed in place. After an error or an interrupt it is as far as it got.
         batches: What ``dense`` is called with, batch by batch; see
             :func:`lowrank_nn.planning.calibration.model_inputs`. A single tensor or dict is one batch.
-        paths: Dotted paths of the low-rank layers.
+        paths: Dotted paths of these layers.
         links: What :func:`lowrank_nn.graph.find_links` returned for ``dense``.
         curvature: H by path, (groups, o, o); the identity where it is None or missing.
+        outputs: By path, the numbers of the original layer's output channels that are left; all where it is missing.
         seed: Seed of everything random.
         progress: Whether to show a progress bar (never when the output is not a terminal).
 
@@ -76,7 +81,8 @@ def reconstruct(
     if not inputs:
         raise CalibrationError("reconstruction: there are no batches. Pass an iterable with at least one.")
     paths = list(paths)
-    task = _Task(dense, small, {path: link for path, link in links.items() if path in paths}, curvature or {}, seed)
+    wanted = {path: link for path, link in links.items() if path in paths}
+    task = _Task(dense, small, wanted, curvature or {}, outputs or {}, seed)
     with tqdm(total=len(task.links), desc="reconstruction", disable=None if progress else True, leave=False) as bar:
 
         def visit(path: str, pairs: list[Pair]) -> None:
@@ -113,22 +119,24 @@ class _Task:
         small: nn.Module,
         links: dict[str, Link],
         curvature: Mapping[str, Tensor | None],
+        outputs: Mapping[str, Tensor],
         seed: int,
     ) -> None:
         self.links = links
         self.notes: dict[str, str] = {}
         self.visited: set[str] = set()
-        self._dense, self._small, self._curvature, self._seed = dense, small, curvature, seed
+        self._dense, self._small, self._seed = dense, small, seed
+        self._curvature, self._outputs = curvature, outputs
 
     def visit(self, path: str, pairs: list[Pair]) -> None:
         """Refit the layer at ``path`` to where the runs of both networks stand."""
         self.visited.add(path)
-        layer, new = self._dense.get_submodule(path), self._small.get_submodule(path)
-        assert isinstance(layer, (nn.Conv2d, nn.Linear))
-        assert isinstance(new, LowRankLayer)
+        new = self._small.get_submodule(path)
+        assert isinstance(new, (LowRankLayer, nn.Conv2d, nn.Linear))
+        layer = _trained(self._dense.get_submodule(path), new)
         features = layer.weight[0].numel()
         sums = MomentSums(layer, self._seed, products=features <= MAX_FEATURES)
-        for x, target in _examples(layer, pairs, self._scale(path)):
+        for x, target in _examples(layer, pairs, self._outputs.get(path), self._scale(path)):
             sums.add(x, target)
         if not sums.images:
             self.notes[path] = "as fitted at first: no batch reaches it in both networks"
@@ -142,17 +150,17 @@ class _Task:
             if features > MAX_FEATURES:
                 self.notes[path] = f"only its mean output corrected: {features} inputs are too many for a covariance"
 
-    def _treat(self, path: str, layer: nn.Conv2d | nn.Linear, new: LowRankLayer, sums: MomentSums) -> None:
-        """Refit the factors and set the mean output right."""
+    def _treat(self, path: str, layer: nn.Conv2d | nn.Linear, new: Refittable, sums: MomentSums) -> None:
+        """Refit the weight and set the mean output right."""
         norm = self.links[path].norm
         if sums.products:
             _refit(layer, new, sums, self._curvature.get(path), about_zero=norm is None and new.bias is None)
         mean, target_mean = sums.means()
-        surplus = (new.dense_weight().double().reshape(*target_mean.shape, -1) @ mean[:, :, None])[..., 0] - target_mean
+        surplus = (new.weight.double().reshape(*target_mean.shape, -1) @ mean[:, :, None])[..., 0] - target_mean
         bias = new.bias
         excess = surplus.flatten() if bias is None else surplus.flatten() + bias
         if norm is not None:
-            original = self._dense.get_buffer(f"{norm}.running_mean")
+            original = _channels(self._dense.get_buffer(f"{norm}.running_mean"), self._outputs.get(path), 0)
             self._small.get_buffer(f"{norm}.running_mean").copy_(original + excess)
         elif bias is not None:
             bias.sub_(excess)
@@ -166,25 +174,46 @@ class _Task:
         assert isinstance(module, _NormBase)
         assert module.running_var is not None
         scale = (module.running_var + module.eps).rsqrt()
-        return scale * module.weight if module.affine else scale
+        return _channels(scale * module.weight if module.affine else scale, self._outputs.get(path), 0)
 
 
-def _examples(layer: nn.Conv2d | nn.Linear, pairs: list[Pair], scale: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _trained(layer: nn.Module, new: Refittable) -> nn.Conv2d | nn.Linear:
+    """Return a plain layer of the shape of ``new`` with the weight that it is to stay near."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    source = layer if weight.shape == new.weight.shape else new
+    plain = source.to_dense_layer() if isinstance(source, CompressedLayer) else source
+    assert isinstance(plain, (nn.Conv2d, nn.Linear))
+    return plain
+
+
+def _channels(values: Tensor, chosen: Tensor | None, dim: int) -> Tensor:
+    """Return the chosen entries along ``dim``; all of them if None."""
+    return values if chosen is None else values.index_select(dim, chosen.to(values.device))
+
+
+def _examples(
+    layer: nn.Conv2d | nn.Linear, pairs: list[Pair], outputs: Tensor | None, scale: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield what the layer is called with and what it is to return, from batches that reach it in both networks."""
+    dim = -3 if isinstance(layer, nn.Conv2d) else -1
     for first, second in pairs:
         if first is None or second is None:
             continue
         x, y = second.input, first.output
         if x is None or not isinstance(y, Tensor) or x.is_nested or y.is_nested or not x.is_floating_point():
             continue
+        y = _channels(y, outputs, dim)
         if x.numel() > 0 and layer_output_shape(layer, x.shape) == tuple(y.shape):
-            yield x, y + _lost(layer, first, second, scale)
+            before = None if first.shortcut is None else _channels(first.shortcut, outputs, dim)
+            yield x, y + _lost(layer, y, before, second.shortcut, scale)
 
 
-def _lost(layer: nn.Conv2d | nn.Linear, first: Stop, second: Stop, scale: Tensor | None) -> Tensor | float:
+def _lost(
+    layer: nn.Conv2d | nn.Linear, output: Tensor, before: Tensor | None, now: Tensor | None, scale: Tensor | None
+) -> Tensor | float:
     """Return what the other side of the addition behind the layer lacks, in units of the layer's output."""
-    before, now = first.shortcut, second.shortcut
-    if before is None or now is None or not before.shape == now.shape == first.output.shape:
+    if before is None or now is None or not before.shape == now.shape == output.shape:
         return 0.0
     lost = before.to(torch.promote_types(before.dtype, torch.float32)) - now
     if scale is None:
@@ -195,24 +224,28 @@ def _lost(layer: nn.Conv2d | nn.Linear, first: Stop, second: Stop, scale: Tensor
 
 def _refit(
     layer: nn.Conv2d | nn.Linear,
-    new: LowRankLayer,
+    new: Refittable,
     sums: MomentSums,
     curvature: Tensor | None,
     *,
     about_zero: bool,
 ) -> None:
-    """Refit the factors to the best weight for the data; leave them as they are where that is no gain."""
+    """Set the weight to what is best for the data; leave it as it is where that is no gain."""
     moments = sums.moments().raw() if about_zero else sums.moments()
-    weight = layer.weight.detach().double().reshape(moments.cross.shape)
+    weight = layer.weight.detach().double().clone().reshape(moments.cross.shape)  # the layer may be ``new`` itself
     ridge = choose_ridge(sums, weight, curvature, about_zero=about_zero)
     best = weight if ridge is None else weight + moments.improvement(weight, ridge)
     metric = Metric(moments.damped(ridge or RIDGES[0]), torch.zeros_like(moments.mean), curvature)
 
     def gain() -> float:
-        return moments.gain(weight, new.dense_weight().double().reshape(weight.shape) - weight, curvature)
+        return moments.gain(weight, new.weight.double().reshape(weight.shape) - weight, curvature)
 
     kept, before = [parameter.clone() for parameter in new.parameters()], gain()
-    new.refit_(best.reshape(layer.weight.shape).to(layer.weight.dtype), metric)
+    rounded = best.reshape(new.weight.shape).to(new.weight.dtype)
+    if isinstance(new, LowRankLayer):
+        new.refit_(rounded, metric)
+    else:
+        new.weight.copy_(rounded)
     if not gain() > before:
         for parameter, values in zip(new.parameters(), kept, strict=True):
             parameter.copy_(values)
