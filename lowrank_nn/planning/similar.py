@@ -1,0 +1,50 @@
+"""Units that compute nearly the same: one of them can go when its readers read the other instead. Needs no data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def similarity_scores(rows: Tensor, columns: Tensor) -> Tensor:
+    r"""Return the importance of units that are merged into their likes one after the other.
+
+    .. math:: s_{uv} = \| a_v \|^2 \, \| w_u - w_v \|^2
+
+    is what is lost, up to a factor, when unit v is removed and unit u takes over its columns: a_u + a_v in place of
+    a_u. The pair with the least goes first; the importance of a unit is s when its turn comes, but no less than that of
+    those gone before. One unit always stays: it gets more than any other.
+
+    Args:
+        rows: w, all that a unit is computed from (weights and bias, scaled by the norm behind), (units, m).
+        columns: a, all weights that read it, (units, n).
+
+    References:
+        Srinivas and Babu 2015, "Data-free Parameter Pruning for Deep Neural Networks".
+    """
+    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
+    distances.fill_diagonal_(torch.inf)
+    columns = columns.clone()
+    scores = torch.full_like(rows[:, 0], torch.inf)
+    least = scores.new_zeros(())
+    for _ in range(len(rows) - 1):
+        costs = columns.square().sum(1) * distances  # into unit (row), of unit (column)
+        costs[distances.isinf()] = torch.inf
+        into, gone = divmod(int(costs.argmin()), len(rows))
+        least = torch.maximum(costs[into, gone], torch.nextafter(least, scores.new_tensor(torch.inf)))
+        scores[gone] = least
+        columns[into] += columns[gone]
+        distances[gone] = distances[:, gone] = torch.inf
+    scores[scores.isinf()] = 2 * least + 1
+    return scores
+
+
+def nearest_kept(rows: Tensor, gone: Tensor) -> Tensor:
+    """Return, for each unit that goes, the one among those that stay whose rows are nearest.
+
+    Args:
+        rows: All that a unit is computed from, (units, m).
+        gone: Which units go, bool (units,); not all of them.
+    """
+    kept = (~gone).nonzero()[:, 0]
+    return kept[torch.cdist(rows[gone], rows[kept], compute_mode="donot_use_mm_for_euclid_dist").argmin(1)]
