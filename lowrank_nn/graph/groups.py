@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import Any
 
 from torch import nn
+
+from lowrank_nn.graph.follow import follow
+from lowrank_nn.graph.units import IN, OUT, THROUGH, Units
+
+ROLES = {THROUGH: "through", IN: "in", OUT: "out"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,5 +60,72 @@ class ChannelGroup:
 
 
 def find_groups(model: nn.Module, example_inputs: Any) -> tuple[ChannelGroup, ...]:
-    """Run ``model`` once and return its channel groups, also the frozen ones, in the order of execution."""
-    raise NotImplementedError
+    """Run ``model`` once and return its channel groups, also the frozen ones, in the order of execution.
+
+    Units are followed through the model's own forward, function by function: control flow may depend on data, layers
+    may be shared, parameters used directly. What stands at the same place of an element-wise operation is removed
+    together, so a group reaches through residual sums, concatenations, splits, shuffles and attention heads. Units
+    that the model returns, that an operation mixes (a layer normalisation its channels), or that go into a function
+    without a rule (see :func:`lowrank_nn.register_rule`) are frozen. The model and the process are left as they were.
+
+    Args:
+        model: Any module whose forward runs.
+        example_inputs: What it is called with; see :func:`lowrank_nn.graph.call_model`.
+
+    Raises:
+        UnsupportedLayerError: The model is compiled or scripted, or holds layers that have no weights yet.
+        PlanError: The forward failed; the error it raised is chained.
+    """
+    units = follow(model, example_inputs)
+    alike: dict[tuple[Any, ...], list[_Unit]] = {}
+    for unit in _computed_units(units):
+        alike.setdefault(unit.kind(), []).append(unit)
+    names: collections.Counter[str] = collections.Counter()
+    return tuple(_group(several, names) for several in alike.values())
+
+
+@dataclasses.dataclass
+class _Unit:
+    """One unit: for each dimension of a tensor that it takes part of, the positions and the role."""
+
+    frozen: str
+    positions: dict[tuple[str, int], list[int]] = dataclasses.field(default_factory=dict)
+    roles: dict[tuple[str, int], int] = dataclasses.field(default_factory=dict)
+
+    def kind(self) -> tuple[Any, ...]:
+        """Return what units of one group have in common."""
+        counts = ((member, self.roles[member], len(own)) for member, own in self.positions.items())
+        return (self.frozen, *counts)
+
+
+def _computed_units(units: Units) -> list[_Unit]:
+    """Return the units that something computes: not the taps of a kernel, or the rows of a table."""
+    roots, kinds, reasons = units.all_roots().tolist(), units.kinds().tolist(), units.reasons()
+    found: dict[int, _Unit] = {}
+    for source in units.sources:
+        key = (source.name, source.dim)
+        for position in range(source.size):
+            root = roots[source.first + position]
+            unit = found.setdefault(root, _Unit(reasons.get(root, "")))
+            unit.positions.setdefault(key, []).append(position)
+            unit.roles[key] = max(unit.roles.get(key, THROUGH), kinds[source.first + position])
+    sizes = {(source.name, source.dim): source.size for source in units.sources}
+    computed = [unit for unit in found.values() if OUT in unit.roles.values()]
+    for unit in computed:
+        whole = [key for key, own in unit.positions.items() if len(own) == sizes[key]]
+        if whole and not unit.frozen:
+            unit.frozen = "nothing would be left of {} along dim {}".format(*whole[0])
+    return computed
+
+
+def _group(units: list[_Unit], names: collections.Counter[str]) -> ChannelGroup:
+    first = units[0]
+    members = tuple(
+        Member(name, dim, tuple(tuple(unit.positions[name, dim]) for unit in units), ROLES[role])
+        for (name, dim), role in first.roles.items()
+    )
+    producer = next(member.name for member in members if member.role == "out")
+    path = producer.removesuffix(".weight").removesuffix(".bias")
+    names[path] += 1
+    name = path if names[path] == 1 else f"{path}#{names[path]}"
+    return ChannelGroup(name, len(units), members, first.frozen)

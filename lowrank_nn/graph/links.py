@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_nn.graph.inputs import tensors
-from lowrank_nn.graph.places import ForwardWatch, Place
+from lowrank_nn.graph.places import ForwardWatch, OutOfSight, Place
 from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.graph.sites import refuse_opaque, run_model
 from lowrank_nn.layers import CompressedLayer
@@ -73,7 +72,7 @@ def find_links(model: nn.Module, example_inputs: Any) -> dict[str, Link]:
     # Inference mode would hide changes in place.
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
         watch.attach(model)
-        with watch, _OutOfSight(watch):
+        with watch, OutOfSight(watch):
             output = run_model(model, example_inputs)
         watch.end(output)
     layers = {path for path, layer in model.named_modules() if isinstance(layer, (_ConvNd, nn.Linear, CompressedLayer))}
@@ -182,28 +181,6 @@ class _UseWatch(ForwardWatch):
         else:
             for _, value in seen:
                 value.uses.append(_Use())
-
-
-class _OutOfSight(TorchDispatchMode):
-    """Reports operations on tensors that no function call seen by a watch stands for."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, watch: _UseWatch) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._watch = watch
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run one operation."""
-        kwargs = kwargs or {}
-        if any(kind is not Tensor for kind in types):
-            return NotImplemented  # a subclass runs plain operations inside, and those come here
-        if self._watch.hidden:
-            return func(*args, **kwargs)
-        self._watch.hide(self._watch.use_out_of_sight, (args, kwargs))
-        return self._watch.hide(func, *args, **kwargs)
 
 
 def _version(tensor: Tensor) -> int:

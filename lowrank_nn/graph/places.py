@@ -5,13 +5,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.layers import CompressedLayer
@@ -78,6 +79,9 @@ class ForwardWatch(TorchFunctionMode):
     def after_layer(self, place: Place, seen: Any, output: Any) -> None:
         """Called when the layer at ``place.module`` has returned ``output``."""
 
+    def use_out_of_sight(self, arguments: Any) -> None:
+        """Called when something unknown is done with tensors (where an :class:`OutOfSight` runs beside)."""
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -131,3 +135,25 @@ class ForwardWatch(TorchFunctionMode):
     def _count(self, path: str) -> int:
         self._calls[path] += 1
         return self._calls[path] - 1
+
+
+class OutOfSight(TorchDispatchMode):
+    """Reports operations on tensors that no function call seen by a watch stands for."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, watch: ForwardWatch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watch = watch
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation."""
+        kwargs = kwargs or {}
+        if any(kind is not Tensor for kind in types):
+            return NotImplemented  # a subclass runs plain operations inside, and those come here
+        if self._watch.hidden:
+            return func(*args, **kwargs)
+        self._watch.hide(self._watch.use_out_of_sight, (args, kwargs))
+        return self._watch.hide(func, *args, **kwargs)

@@ -1,0 +1,330 @@
+"""Following units through one forward of a model, whatever it does."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import resolve_name
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lowrank_nn.errors import OptionError
+from lowrank_nn.graph.inputs import tensors
+from lowrank_nn.graph.labels import Labels, support
+from lowrank_nn.graph.places import ForwardWatch, OutOfSight
+from lowrank_nn.graph.preserve import evaluating
+from lowrank_nn.graph.rules import RULES, Call, Planes, Rule
+from lowrank_nn.graph.sites import refuse_opaque, run_model
+from lowrank_nn.graph.units import IN, OUT, Units
+
+LOOKS = frozenset(
+    {
+        *(
+            getattr(Tensor, name).__get__
+            for name in [
+                "shape",
+                "dtype",
+                "device",
+                "ndim",
+                "is_cuda",
+                "is_cpu",
+                "is_mps",
+                "is_meta",
+                "is_sparse",
+                "is_quantized",
+                "is_mkldnn",
+                "is_nested",
+                "layout",
+                "requires_grad",
+                "is_leaf",
+                "grad_fn",
+                "itemsize",
+                "nbytes",
+                "output_nr",
+                "_version",
+            ]
+            if hasattr(Tensor, name)
+        ),
+        *(
+            getattr(Tensor, name)
+            for name in [
+                "size",
+                "dim",
+                "numel",
+                "nelement",
+                "ndimension",
+                "__len__",
+                "is_floating_point",
+                "is_complex",
+                "is_signed",
+                "stride",
+                "element_size",
+                "is_contiguous",
+                "data_ptr",
+                "storage_offset",
+                "untyped_storage",
+                "get_device",
+                "is_inference",
+                "is_same_size",
+                "type",
+                "is_pinned",
+                "is_shared",
+                "is_coalesced",
+                "has_names",
+                "__repr__",
+                "__format__",
+                "__hash__",
+                "__deepcopy__",
+                "is_set_to",
+                "is_neg",
+                "is_conj",
+                "_is_view",
+                "is_distributed",
+            ]
+            if hasattr(Tensor, name)
+        ),
+        *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_same_size, torch.is_signed),
+        *(torch.result_type, torch.is_neg, torch.is_conj, torch.is_inference),
+    }
+)
+"""Functions that look at a tensor's form, not at its values (or that print it)."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Known:
+    """Labels of a tensor, or what makes them; its count of changes in place then."""
+
+    labels: Labels | Callable[[], Labels]
+    version: int
+    storage: int
+
+    def force(self) -> Labels:
+        if not isinstance(self.labels, Labels):
+            self.labels = self.labels()
+        return self.labels
+
+
+def follow(model: nn.Module, example_inputs: Any) -> Units:
+    """Run ``model`` once, in eval mode and without gradients, and return the units of its parameters and buffers.
+
+    The model and the process are left as they were.
+
+    Raises:
+        UnsupportedLayerError: The model is compiled or scripted, or holds layers that have no weights yet.
+        PlanError: The forward failed; the error it raised is chained.
+    """
+    refuse_opaque(model)
+    follower = _Follower(model)
+    # Inference mode would hide changes in place.
+    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+        follower.attach(model)
+        with follower, OutOfSight(follower):
+            output = run_model(model, example_inputs)
+        for tensor in tensors(output):
+            follower.units.freeze(follower.read(tensor).ids(), "reaches the output of the model")
+    follower.units.settle_boxes()
+    return follower.units
+
+
+def register_rule(
+    function: Callable[..., Any], rule: Rule | None = None, *, like: Callable[..., Any] | None = None
+) -> None:
+    """Say what a function does with channels, so that :func:`find_groups` can look through it.
+
+    Args:
+        function: One that torch's function modes see: a builtin of torch, or one that calls
+            ``torch.overrides.handle_torch_function``.
+        rule: Takes a :class:`lowrank_nn.graph.rules.Call` and returns the planes of the results.
+        like: A function that has a rule: ``register_rule(my_activation, like=torch.relu)``.
+
+    Raises:
+        OptionError: Neither or both of ``rule`` and ``like`` are given, or ``like`` has no rule.
+    """
+    if (rule is None) == (like is None):
+        raise OptionError("register_rule: give either rule= or like=.")
+    if like is not None:
+        rule = RULES.get(like)
+    if rule is None:
+        raise OptionError(
+            f"register_rule: like={_name(like)} has no rule itself. Pass a function of torch that has one."
+        )
+    RULES[function] = rule
+
+
+class _Follower(ForwardWatch):
+    """Carries labels along with every tensor of a forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.units = Units()
+        self._names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        self._reparametrized = dict(_reparametrized(model))
+        self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def attach(self, model: nn.Module) -> None:
+        """Wrap the forward of every module, on the instances, to know where a function is called."""
+        for path, module in model.named_modules():
+            wrap = self._refused if path in self._reparametrized else self._framed
+            vars(module)["forward"] = functools.wraps(module.forward)(wrap(path, module.forward))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one function, and find the labels of what it returns."""
+        kwargs = kwargs or {}
+        if self.hidden or func in LOOKS:
+            return self.hide(func, *args, **kwargs)
+        rule = RULES.get(func)
+        if rule is None and (inside := _inside(func)) is not None:
+            with self:
+                return inside(*args, **kwargs)
+        return self.hide(self._run, rule, func, args, kwargs)
+
+    def read(self, tensor: Tensor) -> Labels:
+        """Return the labels of a tensor."""
+        known: _Known | None = self._known.get(tensor)  # type: ignore[no-untyped-call]
+        if known is None:
+            known = self._write(tensor, self._new(tensor))
+        elif known.version != _version(tensor):
+            self.units.freeze(known.force().ids(), f"changed in place out of sight, in {self._path}")
+            known = self._write(tensor, Labels(tuple(tensor.shape)))
+        return known.force()
+
+    def use_out_of_sight(self, arguments: Any) -> None:
+        """Freeze what goes into code that cannot be watched."""
+        for tensor in tensors(arguments):
+            self.units.freeze(self.read(tensor).ids(), f"used by code that cannot be watched, in {self._path}")
+
+    @property
+    def _path(self) -> str:
+        return self._frames[-1].module or "the model itself"
+
+    def _write(self, tensor: Tensor, labels: Labels | Callable[[], Labels]) -> _Known:
+        known = _Known(labels, _version(tensor), _storage(tensor))
+        self._known[tensor] = known
+        return known
+
+    def _new(self, tensor: Tensor) -> Labels:
+        """Return fresh units for a parameter or buffer; any other tensor comes from outside and has none."""
+        shape = tuple(tensor.shape)
+        name = self._names.get(id(tensor))
+        if name is None:
+            return Labels(shape)
+        planes = []
+        for dim, size in enumerate(shape):
+            if size > 1:
+                ids = self.units.fresh(size, (name, dim))
+                planes.append(ids[(*(None,) * dim, slice(None), *(None,) * (len(shape) - 1 - dim))])
+        return Labels(shape, tuple(planes), constant=True)
+
+    def _run(self, rule: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        seen = {id(tensor): tensor for tensor in tensors((args, kwargs))}
+        known = {key: self.read(tensor) for key, tensor in seen.items()}
+        versions = {key: _version(tensor) for key, tensor in seen.items()}
+        result = func(*args, **kwargs)
+        where = f"{_name(func)} in {self._path}"
+        outcome = None if rule is None else rule(Call(self.units, func, args, kwargs, result, where, known))
+        if outcome is None:
+            for labels in known.values():
+                self.units.freeze(labels.ids(), f"used by {where}, for which there is no rule")
+            outcome = [[]]
+        made = functools.cache(outcome) if callable(outcome) else functools.partial(list, outcome)
+        constant = bool(known) and all(labels.constant for labels in known.values())
+        for index, tensor in enumerate(tensors(result)):
+            labels_of = functools.partial(self._labels, tuple(tensor.shape), made, index, constant)
+            if id(tensor) not in seen:
+                self._write(tensor, labels_of)
+            elif _version(tensor) != versions.pop(id(tensor), None):
+                self._change(tensor, known[id(tensor)], labels_of())
+        for key, version in versions.items():
+            if _version(seen[key]) != version:
+                self._change(seen[key], known[key], Labels(known[key].shape))
+        return result
+
+    def _labels(self, shape: tuple[int, ...], made: Callable[[], list[Planes]], index: int, constant: bool) -> Labels:
+        results = made()
+        planes = results[index if len(results) > 1 else 0]
+        for plane in planes:
+            assert plane.dim() == len(shape)
+            assert all(size in (1, full) for size, full in zip(plane.shape, shape, strict=True))
+            if len(support(plane)) > 1:
+                self.units.note_box(plane)
+        return Labels(shape, tuple(planes), constant)
+
+    def _change(self, tensor: Tensor, before: Labels, after: Labels) -> None:
+        """Note a change in place. Other tensors in the same memory stay known where the units stay the same."""
+        storage = _storage(tensor)
+        others = [known for t, known in self._known.items() if known.storage == storage and t is not tensor]
+        same = len(before.planes) == len(after.planes) and all(map(torch.equal, before.planes, after.planes))
+        if same:
+            for known in others:
+                known.version = _version(tensor)
+        elif others or tensor._is_view():
+            reason = f"written into a part of a tensor, in {self._path}"
+            self.units.freeze(torch.cat([before.ids(), after.ids()]), reason)
+        self._write(tensor, after)
+
+    def _refused(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Freeze all that a layer with a computed weight reads and owns."""
+        framed = self._framed(path, forward)
+        reason, parameters = self._reparametrized[path]
+
+        def refused(*args: Any, **kwargs: Any) -> Any:
+            for tensor in tensors((args, kwargs)):
+                self.units.freeze(self.read(tensor).ids(), reason)
+            for parameter in parameters:
+                labels = self.read(parameter)
+                self.units.freeze(labels.ids(), reason)
+                for plane in labels.planes:
+                    self.units.mark(plane.reshape(-1), OUT if support(plane) == {0} else IN)
+            return framed(*args, **kwargs)
+
+        return refused
+
+
+def _reparametrized(model: nn.Module) -> Iterator[tuple[str, tuple[str, list[nn.Parameter]]]]:
+    """Yield the layers whose weights are computed from others, with the reason for a refusal and these others."""
+    for path, module in model.named_modules():
+        names = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+        names = [name for name in names if name in ("WeightNorm", "SpectralNorm")]
+        if parametrize.is_parametrized(module):
+            lists = module.parametrizations.values()  # type: ignore[operator,union-attr]
+            names += [type(one).__name__.lstrip("_") for several in lists for one in several]
+        if names:
+            reason = f"{path} is parametrized by {', '.join(names)}: remove that first"
+            yield path, (reason, list(module.parameters()))
+
+
+@functools.cache
+def _inside(function: Any) -> Callable[..., Any] | None:
+    """Return a function of torch that is written in Python, without the check that would call the mode again."""
+    if not isinstance(function, types.FunctionType) or not function.__module__.startswith("torch"):
+        return None
+    checks = [name for name in function.__code__.co_names if name.startswith("has_torch_function")]
+    if not checks:
+        return None
+    space = {**function.__globals__, **dict.fromkeys(checks, lambda *_: False)}
+    copy = types.FunctionType(function.__code__, space, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _name(function: Any) -> str:
+    owner = getattr(function, "__self__", None)
+    if getattr(function, "__name__", "") == "__get__":
+        return f"Tensor.{getattr(owner, '__name__', '')}"
+    return resolve_name(function) or getattr(function, "__qualname__", repr(function))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)

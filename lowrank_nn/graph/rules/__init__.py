@@ -1,0 +1,11 @@
+"""What functions do with units: one rule for each."""
+
+from lowrank_nn.graph.rules import elementwise as elementwise
+from lowrank_nn.graph.rules import mixing as mixing
+from lowrank_nn.graph.rules import movement as movement
+from lowrank_nn.graph.rules import products as products
+from lowrank_nn.graph.rules._call import RULES as RULES
+from lowrank_nn.graph.rules._call import Call as Call
+from lowrank_nn.graph.rules._call import Outcome as Outcome
+from lowrank_nn.graph.rules._call import Planes as Planes
+from lowrank_nn.graph.rules._call import Rule as Rule

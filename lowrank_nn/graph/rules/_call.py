@@ -1,0 +1,113 @@
+"""One function call of a forward, as rules see it, and the table of rules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowrank_nn.graph.inputs import tensors
+from lowrank_nn.graph.labels import Labels
+from lowrank_nn.graph.units import Units
+
+Planes = list[Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A function call that has returned.
+
+    Attributes:
+        units: The units of the model.
+        function: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        result: What it returned.
+        where: Its name and place, for reasons.
+        known: By the ``id`` of every tensor in the arguments, its labels before the call.
+    """
+
+    units: Units
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    where: str
+    known: dict[int, Labels]
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """Return the argument that stands at ``position`` or is called ``name``."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    def labels(self, tensor: Any) -> Labels:
+        """Return the labels of an argument; none for None and numbers."""
+        return self.known[id(tensor)] if isinstance(tensor, Tensor) else Labels(())
+
+    @property
+    def first(self) -> Labels:
+        """Labels of the first argument, a tensor."""
+        return self.labels(self.args[0] if self.args else next(iter(self.kwargs.values())))
+
+    def operands(self) -> list[Labels]:
+        """Return the labels of all tensors in the arguments, but for ``out=``."""
+        inputs = [value for name, value in self.kwargs.items() if name != "out"]
+        return [self.labels(tensor) for tensor in tensors([*self.args, inputs])]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of all tensors in the result."""
+        return [tuple(tensor.shape) for tensor in tensors(self.result)]
+
+
+Outcome = list[Planes] | Callable[[], list[Planes]]
+Rule = Callable[[Call], Outcome]
+"""Returns the planes of the results: one entry for all, or one for each; or a function to be called for these only if
+something uses the result."""
+
+RULES: dict[Callable[..., Any], Rule] = {}
+
+NAMESPACES = (torch, torch.Tensor, F, torch._C._nn, torch.linalg, torch.special, torch.functional)
+
+
+def functions(name: str) -> list[Callable[..., Any]]:
+    """Return what torch calls by this name, as a function, as a method and in place; a property's getter."""
+    found = []
+    for namespace in NAMESPACES:
+        for spelling in (name, f"{name}_"):
+            value = getattr(namespace, spelling, None)
+            if callable(value):
+                found.append(value)
+            elif namespace is Tensor and value is not None:
+                found.append(value.__get__)
+    return list(dict.fromkeys(found))
+
+
+def rule_for(names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for the functions of torch with these names, separated by spaces."""
+
+    def register(rule: Rule) -> Rule:
+        RULES.update((function, rule) for name in names.split() for function in functions(name))
+        return rule
+
+    return register
+
+
+def aligned(labels: Labels, dims: int, first: int | None = None) -> Labels:
+    """Return ``labels`` of a tensor with dimensions of size 1 added in front, or with its first one at ``first``."""
+    front = dims - len(labels.shape) if first is None else first
+    back = dims - len(labels.shape) - front
+    index = (*(None,) * front, ..., *(None,) * back)
+    shape = (*(1,) * front, *labels.shape, *(1,) * back)
+    return dataclasses.replace(labels, shape=shape, planes=tuple(plane[index] for plane in labels.planes))
+
+
+def normal_dims(dims: Any, count: int) -> list[int]:
+    """Return what torch's ``dim`` argument means: one, several, or all where it is None or empty."""
+    if dims is None or dims == ():
+        return list(range(count))
+    chosen: Iterable[int] = dims if isinstance(dims, (tuple, list)) else [dims]
+    return [dim % max(count, 1) for dim in chosen]

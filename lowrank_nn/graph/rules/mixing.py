@@ -1,0 +1,133 @@
+"""Operations that mix what stands along some dimensions: norms, softmax, pooling, reductions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lowrank_nn.graph.labels import Labels, merge, mix, support
+from lowrank_nn.graph.rules._call import Call, Planes, Rule, aligned, normal_dims, rule_for
+from lowrank_nn.graph.rules.elementwise import elementwise, per_channel
+
+
+def mix_all(call: Call, labels: Labels, dims: Iterable[int]) -> Planes:
+    """Return the planes of a tensor of which an operation mixes all along ``dims``, without changing its dimensions."""
+    dims = list(dims)
+    mixed = [
+        mix(call.units, plane, dims, call.where) if support(plane) & set(dims) else plane for plane in labels.planes
+    ]
+    return [plane for plane in mixed if plane is not None]
+
+
+def _along(position: int, default: Any = None) -> Rule:
+    """Return the rule of functions that mix along the dimensions that an argument ``dim`` names."""
+
+    def rule(call: Call) -> Callable[[], list[Planes]]:
+        labels, count = call.first, len(call.first.shape)
+        dims = normal_dims(call.argument(position, "dim", call.kwargs.get("axis", default)), count)
+
+        def planes() -> list[Planes]:
+            mixed = mix_all(call, labels, dims)
+            if not call.shapes or len(call.shapes[0]) == count:
+                return [mixed]
+            index = tuple(0 if dim in dims else slice(None) for dim in range(count))
+            return [[plane[index] for plane in mixed]]
+
+        return planes
+
+    return rule
+
+
+rule_for(
+    """softmax log_softmax softmin mean sum nansum nanmean prod amax amin aminmax argmax argmin std var std_mean
+    var_mean logsumexp any all median nanmedian mode cumsum cumprod cummax cummin logcumsumexp sort argsort msort
+    count_nonzero"""
+)(_along(1))
+rule_for("norm vector_norm topk kthvalue")(_along(2))
+rule_for("topk")(_along(2, -1))
+rule_for("sort argsort")(_along(1, -1))
+
+
+@rule_for("max min")
+def extremum(call: Call) -> Any:
+    """Over dimensions, or of two tensors."""
+    return elementwise(call) if len(call.operands()) > 1 else _along(1)(call)
+
+
+def _pool(spatial: int) -> Rule:
+    """Return the rule of functions that mix along the last ``spatial`` dimensions, and change their sizes."""
+
+    def rule(call: Call) -> list[Planes]:
+        count = len(call.first.shape)
+        return [mix_all(call, call.first, range(count - spatial, count))]
+
+    return rule
+
+
+for _dims in (1, 2, 3):
+    rule_for(
+        " ".join(
+            f"{kind}{_dims}d{ending}"
+            for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")
+            for ending in ("", "_with_indices")
+        )
+    )(_pool(_dims))
+
+
+@rule_for("interpolate upsample upsample_nearest upsample_bilinear")
+def interpolate(call: Call) -> list[Planes]:
+    """Mix over space."""
+    return [mix_all(call, call.first, range(2, len(call.first.shape)))]
+
+
+@rule_for("grid_sample")
+def grid_sample(call: Call) -> list[Planes]:
+    """Mix over space; the grid stays."""
+    call.units.freeze(call.labels(call.argument(1, "grid")).ids(), f"used as a grid by {call.where}")
+    return interpolate(call)
+
+
+@rule_for("batch_norm")
+def batch_norm(call: Call) -> list[Planes]:
+    """Each channel has its statistics, over the batch and space (also in training)."""
+    dims = [dim for dim in range(len(call.first.shape)) if dim != 1]
+    return [per_channel(call, mix_all(call, call.first, dims), _norm_parameters(call))]
+
+
+@rule_for("instance_norm")
+def instance_norm(call: Call) -> list[Planes]:
+    """Each channel has its statistics, over space."""
+    return [per_channel(call, mix_all(call, call.first, range(2, len(call.first.shape))), _norm_parameters(call))]
+
+
+def _norm_parameters(call: Call) -> list[Labels]:
+    names = ("running_mean", "running_var", "weight", "bias")
+    return [call.labels(call.argument(position, name)) for position, name in enumerate(names, start=1)]
+
+
+@rule_for("group_norm")
+def group_norm(call: Call) -> list[Planes]:
+    """A group of channels is normalised as one: it goes as a whole."""
+    groups = call.argument(1, "num_groups")
+    planes = mix_all(call, call.first, range(2, len(call.first.shape)))
+    size = call.first.shape[1]
+    split = [plane.unflatten(1, (groups, -1)) if plane.shape[1] > 1 else plane.unsqueeze(2) for plane in planes]
+    shape = (call.first.shape[0], groups, size // groups, *call.first.shape[2:])
+    mixed = mix_all(call, Labels(shape, tuple(split)), [2])
+    joined = [
+        p.expand(-1, -1, size // groups, *p.shape[3:]).flatten(1, 2) if p.shape[1] > 1 else p[:, 0] for p in mixed
+    ]
+    parameters = [call.labels(call.argument(position, name)) for position, name in ((2, "weight"), (3, "bias"))]
+    return [per_channel(call, joined, parameters)]
+
+
+@rule_for("layer_norm rms_norm")
+def layer_norm(call: Call) -> list[Planes]:
+    """All that is normalised together goes together."""
+    labels, count = call.first, len(call.first.shape)
+    inner = len(call.argument(1, "normalized_shape"))
+    mixed = mix_all(call, labels, range(count - inner, count))
+    parameters = [call.labels(call.argument(position, name)) for position, name in ((2, "weight"), (3, "bias"))]
+    operands = [dataclasses.replace(labels, planes=tuple(mixed)), *(aligned(p, count) for p in parameters if p.shape)]
+    return [merge(call.units, operands, call.where)]

@@ -1,0 +1,199 @@
+"""Sums of products: convolutions, linear layers, matrix products, attention, embeddings."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+from torch import Tensor
+
+from lowrank_nn.graph.labels import Labels, compact, contract, merge, mix, support
+from lowrank_nn.graph.rules._call import Call, Planes, aligned, rule_for
+from lowrank_nn.graph.rules.mixing import mix_all
+from lowrank_nn.graph.units import OUT
+
+WHOLE_GROUPS = 8
+"""From this many groups on, whole groups of a grouped convolution are removed: fewer cannot be thinned finely."""
+
+
+def with_bias(call: Call, planes: Planes, bias: Any, dim: int) -> list[Planes]:
+    """Return the planes after adding a bias along ``dim``."""
+    if bias is None:
+        return [planes]
+    labels = call.labels(bias)
+    call.units.mark(labels.ids(), OUT)
+    shape = call.shapes[0]
+    return [merge(call.units, [Labels(shape, tuple(planes)), aligned(labels, len(shape), dim)], call.where)]
+
+
+@rule_for("linear")
+def linear(call: Call) -> list[Planes]:
+    """y[..., o] = sum_i x[..., i] w[o, i] + b[o]."""
+    weight, bias = call.labels(call.argument(1, "weight")), call.argument(2, "bias")
+    leading = string.ascii_uppercase[: len(call.first.shape) - 1]
+    out = "o"[: len(weight.shape) - 1]
+    operands = [(call.first, f"{leading}i"), (weight, f"{out}i")]
+    planes = contract(call.units, operands, leading + out, call.where, weight=1)
+    return with_bias(call, planes, bias, len(leading)) if out else [planes]
+
+
+def _convolution(spatial: int, transposed: bool) -> Any:
+    def rule(call: Call) -> list[Planes]:
+        weight, bias = call.labels(call.argument(1, "weight")), call.argument(2, "bias")
+        groups = call.argument(6, "groups", 1)
+        labels = call.first
+        channel = len(labels.shape) - spatial - 1
+        space = range(channel + 1, len(labels.shape))
+        flat = Labels(labels.shape[: channel + 1], _drop(mix_all(call, labels, space), spatial))
+        taps = range(2, 2 + spatial)
+        kernel = Labels(weight.shape[:2], _drop(mix_all(call, weight, taps), spatial))
+        planes = _grouped(call, flat, kernel, groups, transposed)
+        spread = [plane[(..., *(None,) * spatial)] for plane in planes]
+        return with_bias(call, spread, bias, channel)
+
+    return rule
+
+
+for _spatial in (1, 2, 3):
+    rule_for(f"conv{_spatial}d")(_convolution(_spatial, transposed=False))
+    rule_for(f"conv_transpose{_spatial}d")(_convolution(_spatial, transposed=True))
+
+
+def _drop(planes: Planes, dims: int) -> tuple[Tensor, ...]:
+    """Return planes without their last dimensions, along which none varies."""
+    return tuple(plane[(..., *(0,) * dims)] for plane in planes)
+
+
+def _grouped(call: Call, x: Labels, kernel: Labels, groups: int, transposed: bool) -> Planes:
+    """Return the planes over batch and output channels."""
+    batch = "n"[: len(x.shape) - 1]
+    if groups == 1:
+        return contract(
+            call.units, [(x, f"{batch}i"), (kernel, "io" if transposed else "oi")], f"{batch}o", call.where, weight=1
+        )
+    # The weight holds all groups along its first dimension: of the outputs, or where transposed of the inputs.
+    x = _split_dim(x, len(batch), groups)
+    kernel = _split_dim(kernel, 0, groups)
+    whole = groups >= min(WHOLE_GROUPS, x.shape[-1])
+    if not whole:
+        # The same channels of every group: groups of a few channels less each.
+        x = Labels(x.shape, tuple(mix_all(call, x, [len(batch)])))
+        kernel = Labels(kernel.shape, tuple(mix_all(call, kernel, [0])))
+    operands = [(x, f"{batch}gi"), (kernel, "gio" if transposed else "goi")]
+    planes = contract(call.units, operands, f"{batch}go", call.where, weight=1)
+    sizes = (groups, kernel.shape[2 if transposed else 1])
+    joined = [
+        plane.expand(*plane.shape[:-2], *sizes).flatten(-2) if max(plane.shape[-2:]) > 1 else plane[..., 0]
+        for plane in planes
+    ]
+    kept = (compact(call.units, plane, call.where) for plane in joined)
+    return [plane for plane in kept if plane is not None]
+
+
+def _split_dim(labels: Labels, dim: int, groups: int) -> Labels:
+    shape = (*labels.shape[:dim], groups, labels.shape[dim] // groups, *labels.shape[dim + 1 :])
+    planes = tuple(
+        plane.unflatten(dim, (groups, -1)) if plane.shape[dim] > 1 else plane.unsqueeze(dim) for plane in labels.planes
+    )
+    return Labels(shape, planes, labels.constant)
+
+
+def product(call: Call, a: Labels, b: Labels) -> Planes:
+    """Return the planes of a matrix product, batched and broadcast as ``torch.matmul`` does it."""
+    rows, columns = "r"[: len(a.shape) - 1], "c"[: len(b.shape) - 1]
+    batch = string.ascii_uppercase[: max(len(a.shape), len(b.shape), 2) - 2]
+    own_a, own_b = batch[len(batch) - max(len(a.shape) - 2, 0) :], batch[len(batch) - max(len(b.shape) - 2, 0) :]
+    operands = [(a, f"{own_a}{rows}k"), (b, f"{own_b}k{columns}")]
+    weight = 1 if b.constant and not a.constant else 0 if a.constant and not b.constant else None
+    return contract(call.units, operands, f"{batch}{rows}{columns}", call.where, weight)
+
+
+@rule_for("matmul __matmul__ bmm mm mv dot inner")
+def matmul(call: Call) -> list[Planes]:
+    """C[..., r, c] = sum_k a[..., r, k] b[..., k, c]."""
+    a, b = call.operands()
+    return [product(call, a, b)]
+
+
+@rule_for("__rmatmul__")
+def reversed_matmul(call: Call) -> list[Planes]:
+    """As ``matmul``, the second argument first."""
+    b, a = call.operands()
+    return [product(call, a, b)]
+
+
+@rule_for("addmm baddbmm addmv")
+def addmm(call: Call) -> list[Planes]:
+    """A matrix product, added to another tensor."""
+    added, a, b = call.operands()
+    shape = call.shapes[0]
+    planes = product(call, a, b)
+    if added.constant:
+        call.units.mark(added.ids(), OUT)
+    return [merge(call.units, [Labels(shape, tuple(planes)), aligned(added, len(shape))], call.where)]
+
+
+@rule_for("einsum")
+def einsum(call: Call) -> list[Planes] | None:
+    """Any sum of products; None for a diagonal or the form with lists, which are not understood."""
+    equation = call.argument(0, "equation")
+    if not isinstance(equation, str):
+        return None
+    labels = call.operands()
+    terms, _, out = equation.replace(" ", "").partition("->")
+    own = terms.split(",")
+    dots = max(len(x.shape) - len(term.replace("...", "")) for x, term in zip(labels, own, strict=True))
+    spare = "".join(c for c in string.ascii_letters if c not in equation)[: max(dots, 0)]
+    if "->" not in equation:
+        out = ("..." if dots else "") + "".join(sorted(c for c in {*terms} - {*".,"} if terms.count(c) == 1))
+    full = []
+    for x, term in zip(labels, own, strict=True):
+        width = len(x.shape) - len(term.replace("...", ""))
+        full.append(term.replace("...", spare[len(spare) - width :]))
+    if any(len({*term}) < len(term) for term in full):
+        return None
+    constants = [i for i, x in enumerate(labels) if x.constant]
+    weight = constants[0] if len(constants) == 1 else None
+    operands = list(zip(labels, full, strict=True))
+    return [contract(call.units, operands, out.replace("...", spare), call.where, weight)]
+
+
+@rule_for("scaled_dot_product_attention")
+def attention(call: Call) -> list[Planes]:
+    """softmax(q k^T + mask) v: whole heads are units."""
+    query, key, value = (call.labels(call.argument(i, name)) for i, name in enumerate(("query", "key", "value")))
+    mask = call.argument(3, "attn_mask")
+    if call.kwargs.get("enable_gqa", False):
+        key, value = (_repeat_heads(labels, query) for labels in (key, value))
+    batch = string.ascii_uppercase[: len(query.shape) - 2]
+    scores = contract(call.units, [(query, f"{batch}qe"), (key, f"{batch}ke")], f"{batch}qk", call.where)
+    size = (*call.shapes[0][:-1], key.shape[-2])
+    weights = Labels(size, tuple(scores))
+    if mask is not None:
+        planes = merge(call.units, [weights, aligned(call.labels(mask), len(size))], call.where)
+        weights = Labels(size, tuple(planes))
+    weights = Labels(size, tuple(mix_all(call, weights, [len(size) - 1])))
+    return [contract(call.units, [(weights, f"{batch}qk"), (value, f"{batch}ke")], f"{batch}qe", call.where)]
+
+
+def _repeat_heads(labels: Labels, query: Labels) -> Labels:
+    """Return the labels of keys or values, of which several heads of the query share one."""
+    dim = len(labels.shape) - 3
+    times = query.shape[dim] // labels.shape[dim]
+    planes = [p.repeat_interleave(times, dim) if p.shape[dim] > 1 else p for p in labels.planes]
+    return Labels((*labels.shape[:dim], query.shape[dim], *labels.shape[dim + 1 :]), tuple(planes))
+
+
+@rule_for("embedding")
+def embedding(call: Call) -> list[Planes]:
+    """Rows of a table, by number."""
+    index, table = call.argument(0, "input"), call.labels(call.argument(1, "weight"))
+    call.units.freeze(call.labels(index).ids(), f"used as an index by {call.where}")
+    planes = []
+    for plane in table.planes:
+        if support(plane) == {1}:
+            call.units.mark(plane.reshape(-1), OUT)
+            planes.append(plane[(0, *(None,) * (len(call.shapes[0]) - 1))])
+        else:
+            mix(call.units, plane, [0, 1], f"{call.where}, which reads by number")
+    return [planes]
