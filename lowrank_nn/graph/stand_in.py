@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,56 @@ def stand_in(dense: nn.Module, replaced: Mapping[str, CompressedLayer]) -> nn.Mo
     for path, layer in replaced.items():
         model = replace_module(model, path, _with_values(layer, dense.get_submodule(path)))
     return model
+
+
+@torch.no_grad()
+def with_numbers(bare: nn.Module, given: nn.Module) -> nn.Module:
+    """Return a copy of ``bare``, with numbers as far as they are known without data.
+
+    Tensors come from ``given`` where it has one of that name and shape, and compressed layers are made anew from the
+    weight that stands in their place there. What is left (the bias of a layer that took up a norm) is zero.
+
+    Args:
+        bare: The model without numbers: ``given`` after steps of a recipe, on the meta device.
+        given: The model with numbers; not changed, and it shares no memory with the copy.
+    """
+    known = dict(given.named_parameters(remove_duplicate=False)) | dict(given.named_buffers(remove_duplicate=False))
+    device = next((tensor.device for tensor in known.values()), torch.device("cpu"))
+    wanted = dict(bare.named_parameters(remove_duplicate=False)) | dict(bare.named_buffers(remove_duplicate=False))
+    memo: dict[int, Any] = {}
+    made: set[str] = set()
+    for name, tensor in wanted.items():
+        value = known.get(name)
+        if value is None or value.shape != tensor.shape:
+            made.add(name)
+            value = torch.zeros_like(tensor, device=device)
+        filled: Tensor = value.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            filled = nn.Parameter(filled, requires_grad=tensor.requires_grad)
+        memo.setdefault(id(tensor), filled)
+    model = copy.deepcopy(bare, memo)
+    for path, layer in model.named_modules():
+        if isinstance(layer, CompressedLayer) and any(_is_inside(name, path) for name in made):
+            _make_from(layer, given, path)
+    return model
+
+
+def _is_inside(name: str, path: str) -> bool:
+    return not path or name.startswith(f"{path}.")
+
+
+def _make_from(layer: CompressedLayer, given: nn.Module, path: str) -> None:
+    """Fill a compressed layer from the layer that stands in its place, and a part of another one at random."""
+    layer.reset_parameters()
+    try:
+        source = given.get_submodule(path)
+    except AttributeError:
+        return
+    weight, bias = source.weight, source.bias
+    assert isinstance(weight, Tensor)
+    layer.approximate_(weight)
+    if isinstance(bias, Tensor) and isinstance(layer.bias, Tensor):
+        layer.bias.copy_(bias)
 
 
 @torch.no_grad()

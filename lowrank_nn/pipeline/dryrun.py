@@ -10,6 +10,7 @@ from lowrank_nn.errors import BudgetError
 from lowrank_nn.graph import Recording
 from lowrank_nn.graph.derive import meta_copy
 from lowrank_nn.layers import LAYERS, LowRankLayer
+from lowrank_nn.pipeline.filters import FilterDecision
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning import LayerChoices
 
@@ -64,13 +65,14 @@ class DryRun:
     def left(self, dense: Recording) -> dict[str, tuple[str, ...]]:
         """Return reason to paths of all layers that a step, or all of them, left as they were."""
         reasons: dict[str, list[str]] = {}
-        touched = set()
+        touched = {site.path for site in dense.sites if self.state.is_resized(site.path)}
         for step, decisions in zip(self.steps, self.decisions, strict=True):
             for decision in decisions:
-                touched.add(decision.path)
-                if decision.note:
+                smaller = isinstance(decision, FilterDecision) and decision.path in touched
+                if decision.note and not smaller:
                     reason = f"{type(step).__name__}: {decision.note.rstrip('.')}"
                     reasons.setdefault(reason, []).append(decision.path)
+        touched |= {decision.path for decisions in self.decisions for decision in decisions}
         kinds = tuple(cls.replaces for cls in LAYERS.values())
         for site in dense.sites:
             weights = [p for p in site.layer.parameters(recurse=False) if p.dim() >= 2]
@@ -79,7 +81,7 @@ class DryRun:
                 name = type(site.layer).__name__
                 reason = "no step of the recipe asked for them" if known else f"{name} has no compressed form"
                 reasons.setdefault(reason, []).append(site.path)
-        return {reason: tuple(paths) for reason, paths in reasons.items()}
+        return {reason: tuple(dict.fromkeys(paths)) for reason, paths in reasons.items()}
 
 
 def dry_run(start: State, steps: Sequence[Step]) -> DryRun:
@@ -133,7 +135,7 @@ def _try_once(start: State, steps: Sequence[Step]) -> DryRun | BudgetError:
 
 
 def _run_once(start: State, steps: Sequence[Step]) -> DryRun:
-    state = dataclasses.replace(start, model=meta_copy(start.dense), dry=True)
+    state = dataclasses.replace(start, model=meta_copy(start.dense), dry=True, remarks={})
     decisions = []
     for step in steps:
         decided = step.decide(state)

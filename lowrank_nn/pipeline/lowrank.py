@@ -135,9 +135,10 @@ class LowRank(Step):
             super().execute(state, decisions)
             return
         paths = [decision.path for decision in decisions if decision.layer_class is not None]
-        evidence = self._evidence(state)
         if changed_since_given(state):
             evidence = gather(state, state.model, paths, curvature=self.curvature)
+        else:
+            evidence = self._evidence(state)
         carry_out(state, decisions, evidence, sequential=self.reconstruct)
 
     def _uses_data(self, state: State) -> bool:
@@ -155,12 +156,13 @@ class LowRank(Step):
         return self.data_aware
 
     def _evidence(self, state: State) -> Evidence:
-        """Return what the data say about the given model; computed once."""
-        key: Any = (Evidence, self.curvature)
+        """Return what the data say about the given model, or what is left of it; computed once."""
+        model, recording = state.base
+        key: Any = (Evidence, self.curvature, id(model))  # models in the cache are kept
         if key not in state.cache:
-            layers = [site for site in state.original.sites if site.inside is None and not refusal(site)]
+            layers = [site for site in recording.sites if site.inside is None and not refusal(site)]
             paths = [site.path for site in layers if isinstance(site.layer, (nn.Conv2d, nn.Linear))]
-            state.cache[key] = gather(state, state.dense, paths, curvature=self.curvature)
+            state.cache[key] = gather(state, model, paths, curvature=self.curvature)
         found: Evidence = state.cache[key]
         return found
 
@@ -236,7 +238,7 @@ class LowRank(Step):
             return SiteCandidates(site.path, [], f"it is a {type(site.layer).__name__} already: put LowRank first")
         metric = self._evidence(state).metric(site.path) if self._uses_data(state) else None
         width = 1 if state.clock is None else state.clock.vector_width
-        key: Any = (LowRank, site.path, *self._kind(), metric is not None, self.curvature, width)
+        key: Any = (LowRank, id(state.base[0]), site.path, *self._kind(), metric is not None, self.curvature, width)
         if key not in state.cache:
             multiple = math.lcm(width, self.multiple_of)
             table = self._rule().candidates(site, state.weights_of(site), classes, metric, multiple=multiple)

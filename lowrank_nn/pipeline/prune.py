@@ -1,4 +1,4 @@
-"""The step that masks weights by a criterion."""
+"""The step that prunes: weights masked by a criterion, or filters removed for good."""
 
 from __future__ import annotations
 
@@ -10,62 +10,113 @@ from torch import Tensor, nn
 from lowrank_nn.errors import OptionError, PlanError
 from lowrank_nn.layers import CompressedLayer, PrunedConv2d, PrunedLinear
 from lowrank_nn.pipeline.apply import class_for, decide_layer
+from lowrank_nn.pipeline.filters import FilterRemoval
 from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning import BatchLoss
 from lowrank_nn.planning.fisher import diagonal_fisher
+from lowrank_nn.planning.importance import FROM_LOSS, UNIT_CRITERIA, UnitCriterion
+from lowrank_nn.planning.unit_choice import KeepRule, Scope
 
 _CLASSES: tuple[type[CompressedLayer], ...] = (PrunedConv2d, PrunedLinear)
+_MASKED_CRITERIA = ("l1", "l2", "obd", "random")
 
 
 class Prune(Step):
-    """Hold a share of each layer's weights at zero, in units of a chosen granularity.
+    """Remove filters from the whole network, or hold a share of each layer's weights at zero.
 
-    Acts on convolutions and linear layers, and on the factors inside low-rank layers. The zeros survive fine-tuning
-    and quantization and shrink the saved file; a masked layer needs as many MACs as before, except where whole rows or
-    columns of kernel positions go (``granularity="shape"``), which leaves a smaller convolution.
+    With ``granularity="filter"`` layers become smaller. What belongs to a filter is found by running the model
+    (:func:`lowrank_nn.find_groups`): its row and bias, its place in every norm behind it, the columns of all layers
+    that read it, and whatever a residual sum, a concatenation or a depthwise convolution ties to it; heads of an
+    attention and the ranks inside low-rank layers are such units too. They go together, and every removal is proven:
+    without them the model gives what it gave with them held at zero, in eval and train mode, forward and backward. What
+    cannot be proven stays, and the report says why.
+
+    With any other granularity, convolutions, linear layers and the factors inside low-rank layers are masked. The
+    zeros survive fine-tuning and quantization and shrink the saved file; a masked layer needs as many MACs as before,
+    except where whole rows or columns of kernel positions go (``granularity="shape"``), which leaves a smaller
+    convolution.
 
     Args:
-        amount: Share of the units of each layer to prune, above 0 and below 1.
-        granularity: What is pruned together; see :class:`lowrank_nn.PrunedConv2d`. Layers that do not have the
-            granularity (a linear layer has no kernels) stay as they are.
-        criterion: ``"l1"``, ``"l2"``, ``"random"``, or ``"obd"``, which needs ``batches`` and ``loss``.
-        where: Shell patterns on dotted paths of the layers wanted.
-        but_not: Shell patterns of the layers to leave as they are.
-        batches: Batches for the diagonal Fisher information of ``"obd"``.
-        loss: ``loss(model, batch)``, a scalar, for ``"obd"``.
+        amount: Share of the units of each layer to prune, above 0 and below 1. For filters it may be left out: then as
+            many go as the budget asks for.
+        granularity: What is pruned together: ``"filter"``, or a granularity of :class:`lowrank_nn.PrunedConv2d`, which
+            masks. Layers that do not have it (a linear layer has no kernels) stay as they are.
+        criterion: What matters least goes: ``"l1"``, ``"l2"``, ``"random"``, or ``"obd"``. For filters also
+            ``"bn_scale"``, ``"geometric_median"``, ``"activation"``, ``"apoz"``, ``"taylor"``, or a function
+            ``criterion(model, group)``; see :func:`lowrank_nn.unit_importance`.
+        scope: For filters: ``"layer"`` takes ``amount`` of every group of layers, ``"global"`` the least important of
+            all groups; by default the former with an amount, the latter with a budget.
+        round_to: For filters: what the number of those that stay in a layer is a multiple of.
+        min_keep: For filters: share of each group that stays at least; one always does.
+        where: Shell patterns on dotted paths of the layers wanted. A filter goes only if all layers that compute a part
+            of it are wanted, such as all that add to one residual sum.
+        but_not: Shell patterns of the layers to leave as they are; their inputs may still become fewer.
+        batches: Batches for ``loss``.
+        loss: ``loss(model, batch)``, a scalar, for ``"obd"`` and ``"taylor"``.
 
     Raises:
-        OptionError: ``amount`` is not between 0 and 1, or ``"obd"`` lacks batches or loss.
+        OptionError: ``amount`` is not between 0 and 1 or contradicts ``min_keep``, there is no such criterion or scope,
+            one that needs batches and loss lacks them, or what only filters can heed comes with another granularity.
     """
 
     def __init__(
         self,
-        amount: float,
+        amount: float | None = None,
         *,
         granularity: str = "element",
-        criterion: str = "l1",
+        criterion: str | UnitCriterion = "l1",
+        scope: Scope | None = None,
+        round_to: int = 1,
+        min_keep: float | None = None,
         where: Patterns = "*",
         but_not: Patterns = (),
         batches: Iterable[Any] | None = None,
         loss: BatchLoss | None = None,
     ) -> None:
-        if not 0 < amount < 1:
+        if amount is not None and not 0 < amount < 1:
             raise OptionError(f"Prune: amount is a share above 0 and below 1, got {amount!r}.")
-        if criterion == "obd" and (batches is None or loss is None):
-            raise OptionError("Prune: criterion='obd' needs batches=... and loss=... (loss(model, batch) -> scalar).")
+        if criterion in FROM_LOSS and (batches is None or loss is None):
+            raise OptionError(
+                f"Prune: criterion={criterion!r} needs batches=... and loss=... (loss(model, batch) -> scalar)."
+            )
+        known = UNIT_CRITERIA if granularity == "filter" else _MASKED_CRITERIA
+        if criterion not in known and (granularity != "filter" or not callable(criterion)):
+            raise OptionError(
+                f"Prune: criterion must be one of {', '.join(known)} with granularity={granularity!r}, got "
+                f"{criterion!r}."
+            )
         self.amount, self.granularity, self.criterion = amount, granularity, criterion
         self.where, self.but_not, self.batches, self.loss = where, but_not, batches, loss
+        self.filters: FilterRemoval | None = None
+        if granularity == "filter":
+            least = min(0.1, 1 - (amount or 0)) if min_keep is None else min_keep
+            keep = KeepRule(scope or ("global" if amount is None else "layer"), round_to, least)
+            if amount is not None and amount > 1 - least + 1e-9:
+                raise OptionError(f"Prune: amount={amount} and min_keep={min_keep} contradict each other.")
+            self.filters = FilterRemoval(amount, keep, criterion, where, but_not, batches, loss)
+        elif amount is None or scope is not None or round_to != 1 or min_keep is not None:
+            raise OptionError(
+                f"Prune: granularity={granularity!r} masks the share amount of each layer; scope, round_to, min_keep "
+                "and a budget instead of an amount are for granularity='filter'."
+            )
 
     def __repr__(self) -> str:
         return f"Prune({self.amount}, granularity={self.granularity!r}, criterion={self.criterion!r})"
+
+    def allocates(self) -> bool:
+        """Whether the budget says how much is removed."""
+        return self.amount is None
 
     def decide(self, state: State) -> list[Decision]:
         """Decide for each matching layer.
 
         Raises:
-            PlanError: A pattern matches nothing.
+            PlanError: A pattern matches nothing, or there is neither an amount nor a budget.
+            BudgetError: The budget cannot be met.
         """
+        if self.filters is not None:
+            return self.filters.decide(state)
         fitting = {site.path: class_for(site, _CLASSES) for site in state.sites()}
         sites = [site for site in state.sites() if fitting[site.path] is not None]
         options = {"sparsity": self.amount, "granularity": self.granularity, "criterion": self.criterion}
@@ -77,6 +128,13 @@ class Prune(Step):
                 decide_layer(state, site, cls, options | {"seed": state.seed}, _flat_fisher(self, site.layer))
             )
         return decisions
+
+    def execute(self, state: State, decisions: list[Decision]) -> None:
+        """Remove filters, or replace layers by masked ones, as decided."""
+        if self.filters is not None:
+            self.filters.execute(state, decisions)
+        else:
+            super().execute(state, decisions)
 
     def measure(self, state: State, decisions: list[Decision]) -> dict[str, dict[str, Any]]:
         """Return the Fisher information of each layer to be pruned, for ``"obd"``.

@@ -59,6 +59,7 @@ class State:
         clock: Estimates latencies; None where the budget asks for none.
         cache: What steps computed from the given weights and want to find again in the next dry run.
         remarks: What the report is to say about layers: remark to paths.
+        pruned: Where steps have removed channels: the model without them, with numbers, and what it was recorded to do.
     """
 
     model: nn.Module
@@ -74,14 +75,23 @@ class State:
     clock: Clock | None = None
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
     remarks: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    pruned: tuple[nn.Module, Recording] | None = None
+
+    @property
+    def base(self) -> tuple[nn.Module, Recording]:
+        """The model with numbers whose layers have the present sizes, and what it was recorded to do.
+
+        It is the given one until channels are removed; layers that were replaced since may stand there as they were.
+        """
+        return self.pruned or (self.dense, self.original)
 
     def sites(self) -> tuple[Site, ...]:
         """Return the layers as they are now, with the shapes they are called with."""
         return self.recording().sites
 
     def recording(self) -> Recording:
-        """Return what the given model was recorded to do, with the layers as they are now."""
-        return derive_recording(self.original, self.model)
+        """Return what the model was recorded to do, with the layers as they are now."""
+        return derive_recording(self.base[1], self.model)
 
     def cost(self) -> Cost:
         """Return the cost of the model as it is now."""
@@ -108,8 +118,15 @@ class State:
         return 0.0 if self.clock is None else self.clock.dense
 
     def weights_of(self, site: Site) -> nn.Module:
-        """Return the given model's layer at this site: in a dry run the place to find numbers."""
-        return self.dense.get_submodule(site.path)
+        """Return the layer with numbers at this site: in a dry run the place to find them."""
+        return self.base[0].get_submodule(site.path)
+
+    def is_resized(self, path: str) -> bool:
+        """Whether the layer at ``path`` is of the class that was given there, and of another size."""
+        old, new = (dict(net.named_modules(remove_duplicate=False)).get(path) for net in (self.dense, self.model))
+        if old is None or new is None or type(old) is not type(new):
+            return False
+        return [p.shape for p in old.parameters()] != [p.shape for p in new.parameters()]
 
     def replace(self, path: str, new: nn.Module) -> None:
         """Put ``new`` in the place of the layer at ``path``, under all its names."""

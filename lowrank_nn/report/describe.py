@@ -31,6 +31,17 @@ def describe(layer: nn.Module) -> tuple[str, str]:
     return "+".join(names), " ".join(shown)
 
 
+def describe_size(before: nn.Module, after: nn.Module) -> str:
+    """Return how many channels are left of how many, ``"in=12/16 out=24/32"``; empty where all are."""
+    sizes = []
+    for name, attributes in (("in", ("in_channels", "in_features")), ("out", ("out_channels", "out_features"))):
+        for attribute in attributes:
+            old, new = vars(before).get(attribute), vars(after).get(attribute)
+            if old != new and old is not None:
+                sizes.append(f"{name}={new}/{old}")
+    return " ".join(sizes)
+
+
 def _main_options(layer: CompressedLayer) -> dict[str, Any]:
     options = {name: getattr(layer, name) for name in layer.main_options}
     return {name: value for name, value in options.items() if value is not None}

@@ -18,7 +18,7 @@ from lowrank_nn.graph.fold import norm_scale, scaled_weight
 from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.planning import LayerChoices
 from lowrank_nn.report import plots, render
-from lowrank_nn.report.describe import describe
+from lowrank_nn.report.describe import describe, describe_size
 from lowrank_nn.storage import packed_size
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ class Row:
         was: Its class before.
         became: Its class now, with the classes of its factors.
         options: Ranks, bits and so on.
-        error: Relative change of the weight, ||W - W'|| / ||W||; None where the layer was not replaced or, in a plan,
-            where it is not known yet.
+        error: Relative change of the weight, ||W - W'|| / ||W||; None where the layer was not replaced, has lost
+            channels or, in a plan, where it is not known yet.
         before: Cost before.
         after: Cost now.
     """
@@ -51,8 +51,8 @@ class Row:
 
     @property
     def replaced(self) -> bool:
-        """Whether the layer is another one now."""
-        return self.was != self.became
+        """Whether the layer is another one now, or has another size."""
+        return self.was != self.became or self.before.params != self.after.params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +211,7 @@ def make_report(
         if site.inside is None and _has_matrix(site.layer):
             after = small[1][site.path]
             became, options = describe(after.layer)
+            options = " ".join(filter(None, (options, describe_size(site.layer, after.layer))))
             scale = _scale(dense[0], (folded or {}).get(site.path))
             error = _weight_error(site, after, scale) if errors is None else errors.get(site.path)
             costs = (_cost_once(place, seen) for place, seen in zip((site, after), counted, strict=True))
@@ -257,6 +258,8 @@ def _weight_error(before: Site, after: Site, scale: Tensor | None) -> float | No
     old, new = before.layer.weight, after.layer.weight
     assert isinstance(old, Tensor)
     assert isinstance(new, Tensor)
+    if old.shape != new.shape:  # channels were removed
+        return None
     if scale is not None:
         old = scaled_weight(before.layer, scale)
     change = norm = 0.0

@@ -1,0 +1,252 @@
+"""Removing filters, units and heads for good: which ones, under an amount or a budget, and the proof of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from lowrank_nn.errors import BudgetError, LowRankError, PlanError
+from lowrank_nn.graph import Recording, Site, record
+from lowrank_nn.graph.groups import ChannelGroup, find_groups
+from lowrank_nn.graph.proof import Proof, prove
+from lowrank_nn.graph.stand_in import with_numbers
+from lowrank_nn.graph.surgery import Removal, named_tensors, remove_units
+from lowrank_nn.pipeline.evidence import changed_since_given
+from lowrank_nn.pipeline.select import Patterns, select
+from lowrank_nn.pipeline.state import Decision, State
+from lowrank_nn.planning import BatchLoss
+from lowrank_nn.planning.importance import UnitCriterion, unit_importance
+from lowrank_nn.planning.unit_choice import KeepRule, least_important
+
+Found = TypeVar("Found")
+
+_PROBED = 0.5  # share of each group that is removed to find out, under a budget, which groups can be
+_BISECTIONS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterDecision(Decision):
+    """What becomes of the output channels of the layer at ``path``.
+
+    Attributes:
+        removal: Units that go, as the given weights tell (later weights may tell others, as many); None where none
+            does, and at all but the first of the layers that compute them.
+    """
+
+    removal: Removal | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterRemoval:
+    """The part of :class:`lowrank_nn.Prune` that makes layers physically smaller; see there.
+
+    Attributes:
+        amount: Share of the units to remove; None for as many as the budget asks for.
+        keep: What every group keeps.
+        criterion: Which units matter least.
+        where: Patterns of the layers wanted.
+        but_not: Patterns of the layers to leave as they are.
+        batches: Batches for ``loss``.
+        loss: For criteria that need one.
+    """
+
+    amount: float | None
+    keep: KeepRule
+    criterion: str | UnitCriterion
+    where: Patterns
+    but_not: Patterns
+    batches: Iterable[Any] | None
+    loss: BatchLoss | None
+
+    def decide(self, state: State) -> list[Decision]:
+        """Decide for every channel group that the patterns want.
+
+        Raises:
+            PlanError: A pattern matches nothing, there is neither an amount nor a budget, or the model fails.
+            BudgetError: The budget cannot be met.
+        """
+        model = _numbers_of(state)
+        groups = _cached(state, "groups", lambda: find_groups(model, state.example_inputs))
+        wanted = self._wanted(state, groups)
+        scores = self._scores(state, model, [group for group in wanted if not group.frozen])
+        notes = {group.name: group.frozen for group in wanted if group.frozen}
+        notes |= {g.name: "the criterion says nothing about it" for g in wanted if not (g.frozen or g.name in scores)}
+        if self.amount is None:
+            probe = _removals(wanted, self.keep.choose(scores, _PROBED))
+            notes |= self._prove(state, model, probe).refused
+            scores = {name: values for name, values in scores.items() if name not in notes}
+            removals = self._within_budget(state, wanted, scores)
+        else:
+            proof = self._prove(state, model, _removals(wanted, self.keep.choose(scores, self.amount)))
+            removals = list(proof.proven)
+            notes |= proof.refused
+        return _decisions(wanted, {removal.group.name: removal for removal in removals}, notes)
+
+    def execute(self, state: State, decisions: Sequence[Decision]) -> None:
+        """Remove as many units of each group as decided, those that matter least now, and prove it."""
+        removals = [d.removal for d in decisions if isinstance(d, FilterDecision) and d.removal is not None]
+        if state.dry:
+            state.pruned = _cached(state, tuple(removals), lambda: _shrunk(_numbers_of(state), removals, state))
+            remove_units(state.model, removals)
+        else:
+            proof = prove(state.model, self._chosen_now(state, removals), state.example_inputs, seed=state.seed)
+            for name, reason in proof.refused.items():
+                state.remark(_producers(_named(removals, name))[0], f"Prune: filters put back: {reason}")
+            if proof.untested:
+                state.remark("", f"Prune: removed filters are proven in eval mode only: {proof.untested}")
+            remove_units(state.model, proof.proven)
+            state.pruned = (state.model, record(state.model, state.example_inputs))
+        for decision in decisions:
+            if decision.note and state.is_resized(decision.path):
+                state.remark(decision.path, f"Prune: all output channels stay: {decision.note}")
+
+    def _wanted(self, state: State, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+        """Return the groups of which every producer is wanted and none is not."""
+        known = {site.path: site for site in state.sites()}
+        paths = dict.fromkeys(path for group in groups for path in _producers(group))
+        sites = [known.get(path) or Site(path, state.model.get_submodule(path), (), (), None, ()) for path in paths]
+        chosen = {site.path for site in select(sites, self.where, self.but_not, "Prune")}
+        return [group for group in groups if chosen.issuperset(_producers(group))]
+
+    def _scores(self, state: State, model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+        """Return the importance of the units of each group, by name."""
+        return unit_importance(
+            model,
+            groups,
+            self.criterion,
+            calibration=state.calibration,
+            batches=self.batches,
+            loss=self.loss,
+            seed=state.seed,
+            progress=state.progress and not state.dry,
+        )
+
+    def _prove(self, state: State, model: nn.Module, removals: Sequence[Removal]) -> Proof:
+        key = tuple((removal.group.name, removal.units) for removal in removals)
+        return _cached(state, key, lambda: prove(model, removals, state.example_inputs, seed=state.seed))
+
+    def _within_budget(
+        self, state: State, groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor]
+    ) -> list[Removal]:
+        """Return the removal of the smallest share of units that brings the model within the budget.
+
+        Raises:
+            PlanError: There is no budget.
+            BudgetError: No share does.
+        """
+        if state.budget is None:
+            raise PlanError(
+                "Prune: there is neither an amount nor a budget. Pass Prune(0.3, granularity='filter'), or "
+                "budget=Budget(macs=0.5) or the like."
+            )
+        target = state.budget.scaled(state.slack)
+        allowed = target.allowed(state.dense_cost(), state.dense_latency())
+
+        def overspent(removals: Sequence[Removal]) -> float:
+            undo = remove_units(state.model, removals)
+            try:
+                return float((target.spent(state.cost(), state.latency()) / allowed).max())
+            finally:
+                undo()
+
+        low, high, best = 0.0, 1.0, self._possible(state, groups, scores, 1.0)
+        most = overspent(best)
+        if most > 1:
+            raise BudgetError(
+                f"Prune: the budget cannot be met by removing filters: with {self.keep.min_keep:.3g} of each group "
+                f"kept there remains {most:.3g} of what is allowed. Allow more, lower min_keep, or put LowRank() ahead."
+            )
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            tried = self._possible(state, groups, scores, middle)
+            if overspent(tried) > 1:
+                low = middle
+            else:
+                high, best = middle, tried
+        return best
+
+    def _possible(
+        self, state: State, groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor], share: float
+    ) -> list[Removal]:
+        """Return the removals at a share, without those that a layer refuses at this size."""
+        removals = _removals(groups, self.keep.choose(scores, share))
+        try:
+            remove_units(state.model, removals)()
+        except LowRankError:
+            return [removal for removal in removals if _goes(state.model, removal)]
+        return removals
+
+    def _chosen_now(self, state: State, removals: Sequence[Removal]) -> list[Removal]:
+        """Return as many units of each group, chosen by the weights as they are now."""
+        if not changed_since_given(state):
+            return list(removals)
+        scores = self._scores(state, state.model, [removal.group for removal in removals])
+        return [
+            Removal(r.group, least_important(scores[r.group.name], len(r.units)) if r.group.name in scores else r.units)
+            for r in removals
+        ]
+
+
+def _numbers_of(state: State) -> nn.Module:
+    """Return a copy of the model of a dry run with numbers: given weights, or what compressed layers make of them."""
+    return _cached(state, "numbers", lambda: with_numbers(state.model, state.base[0]))
+
+
+def _shrunk(model: nn.Module, removals: Sequence[Removal], state: State) -> tuple[nn.Module, Recording]:
+    """Return a copy of a model without some units, and what it is recorded to do."""
+    smaller = copy.deepcopy(model)
+    remove_units(smaller, removals)
+    return smaller, record(smaller, state.example_inputs)
+
+
+def _cached(state: State, what: Any, compute: Callable[[], Found]) -> Found:
+    """Compute once for all dry runs in which the model is the same here."""
+    model = state.base[0]  # kept in the entry, so that no other model gets its id
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in named_tensors(state.model).items())
+    key = (FilterRemoval, id(model), shapes, what)
+    if key not in state.cache:
+        state.cache[key] = (model, compute())
+    found: Found = state.cache[key][1]
+    return found
+
+
+def _producers(group: ChannelGroup) -> list[str]:
+    """Return the paths of the modules that compute the units; of those that hold them, where none does."""
+    computing = [member for member in group.members if member.role == "out"] or group.members[:1]
+    return list(dict.fromkeys(member.name.rpartition(".")[0] for member in computing))
+
+
+def _removals(groups: Sequence[ChannelGroup], chosen: Mapping[str, tuple[int, ...]]) -> list[Removal]:
+    return [Removal(group, units) for group in groups if (units := chosen.get(group.name))]
+
+
+def _named(removals: Sequence[Removal], name: str) -> ChannelGroup:
+    return next(removal.group for removal in removals if removal.group.name == name)
+
+
+def _goes(model: nn.Module, removal: Removal) -> bool:
+    try:
+        remove_units(model, [removal])()
+    except LowRankError:
+        return False
+    return True
+
+
+def _decisions(
+    groups: Sequence[ChannelGroup], removals: Mapping[str, Removal], notes: Mapping[str, str]
+) -> list[Decision]:
+    """Return a decision for each producer of each group; the first one of a group carries the removal."""
+    decisions: list[Decision] = []
+    for group in groups:
+        paths, removal = _producers(group), removals.get(group.name)
+        if removal is None:
+            note = notes.get(group.name, f"none of its {group.size} units goes at this amount")
+            decisions += [FilterDecision(path, None, note=note) for path in paths]
+        else:
+            decisions.append(FilterDecision(paths[0], None, removal=removal))
+            decisions += [FilterDecision(path, None) for path in paths[1:]]
+    return decisions

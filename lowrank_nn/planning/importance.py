@@ -1,0 +1,147 @@
+"""How much each unit of a channel group matters: the criteria of filter pruning."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from lowrank_nn.errors import CalibrationError, OptionError
+from lowrank_nn.graph.groups import ChannelGroup, Member
+from lowrank_nn.planning.fisher import BatchLoss
+from lowrank_nn.planning.unit_signals import Score, from_inputs, from_loss, mean_of, relative, unit_slices
+
+UnitCriterion = Callable[[nn.Module, ChannelGroup], Tensor]
+"""``criterion(model, group)``: a number for each unit of the group, larger for those that matter more."""
+
+FROM_WEIGHTS = ("l1", "l2", "bn_scale", "geometric_median", "random")
+FROM_INPUTS = ("activation", "apoz")
+FROM_LOSS = ("taylor", "obd")
+UNIT_CRITERIA = (*FROM_WEIGHTS, *FROM_INPUTS, *FROM_LOSS)
+
+
+def unit_importance(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    criterion: str | UnitCriterion = "l1",
+    *,
+    calibration: Iterable[Any] | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: BatchLoss | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    r"""Return the importance of each unit of each group.
+
+    A unit is scored over all members of its group. With w_m(u) for the slices of member m that go with unit u, and
+    relative values, over their mean in the group, wherever the unit of a score means nothing across groups:
+
+    - ``"l1"``, ``"l2"``: mean over the weights that compute the unit or read it of \|\|w_m(u)\|\|, relative.
+    - ``"bn_scale"``: mean of \|gamma\| over the norms that the unit passes, relative.
+    - ``"geometric_median"``: sum over the other units v of the distance of the rows, \|\|w_out(u) - w_out(v)\|\|,
+      relative: what is near the middle of all rows can be replaced by them.
+    - ``"activation"``: mean \|a\| of the unit's activation where it is read, relative.
+    - ``"apoz"``: share of the unit's activations that are not zero.
+    - ``"taylor"``: mean over batches of \|sum w dL/dw\| over the weights that read the unit: the first-order change of
+      the loss when they become zero. In units of the loss.
+    - ``"obd"``: 1/2 sum F w^2 over the weights that read the unit, F the diagonal Fisher information. In units of
+      the loss.
+    - ``"random"``: uniform in [0, 1).
+
+    Args:
+        model: The model; left as it was.
+        groups: Groups of this model.
+        criterion: One of these, or a function ``criterion(model, group)`` that returns a number for each unit.
+        calibration: Batches of inputs, for ``"activation"`` and ``"apoz"``.
+        batches: Batches for ``loss``, for ``"taylor"`` and ``"obd"``; for ``"obd"`` they are cut into samples.
+        loss: ``loss(model, batch)``, a scalar.
+        seed: Seed of ``"random"``.
+        progress: Whether to show a progress bar over ``calibration`` (never when the output is not a terminal).
+
+    Returns:
+        By name of the group a float64 tensor of shape ``(group.size,)`` on the CPU. Groups that the criterion says
+        nothing about are left out: without a norm, or read by nothing but products of activations.
+
+    Raises:
+        OptionError: There is no such criterion, or a function returned something else than a number for each unit.
+        CalibrationError: The data or the loss that the criterion needs are missing, or not finite.
+
+    References:
+        Li et al. 2017, "Pruning Filters for Efficient ConvNets" (l1); Liu et al. 2017, "Network Slimming" (bn_scale);
+        He et al. 2019, "Filter Pruning via Geometric Median"; Hu et al. 2016, "Network Trimming" (apoz); Molchanov et
+        al. 2019, "Importance Estimation for Neural Network Pruning" (taylor); Theis et al. 2018, "Faster gaze
+        prediction with dense networks and Fisher pruning" (obd); Fang et al. 2023, "DepGraph" (scores over whole
+        groups, relative to their mean).
+    """
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    score: Score
+    if callable(criterion):
+        score = functools.partial(criterion, model)
+    elif criterion in FROM_INPUTS:
+        score = from_inputs(model, groups, criterion, calibration, progress)
+    elif criterion in FROM_LOSS:
+        score = from_loss(model, groups, criterion, batches, loss)
+    elif criterion in FROM_WEIGHTS:
+        generator = torch.Generator().manual_seed(seed)
+        score = {
+            "l1": lambda group: _mean_norm(model, tensors, group, 1),
+            "l2": lambda group: _mean_norm(model, tensors, group, 2),
+            "bn_scale": lambda group: _scale(model, tensors, group),
+            "geometric_median": lambda group: _distance(tensors, group),
+            "random": lambda group: torch.rand(group.size, generator=generator, dtype=torch.float64),
+        }[criterion]
+    else:
+        raise OptionError(f"criterion must be one of {', '.join(UNIT_CRITERIA)}, or a function, got {criterion!r}.")
+    with torch.no_grad():
+        found = {group.name: score(group) for group in groups}
+    return {g.name: _checked(g, values, criterion) for g in groups if (values := found[g.name]) is not None}
+
+
+def _checked(group: ChannelGroup, values: Any, criterion: str | UnitCriterion) -> Tensor:
+    if not isinstance(values, Tensor) or tuple(values.shape) != (group.size,):
+        what = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"{type(values).__name__}"
+        raise OptionError(
+            f"criterion must return a tensor of shape ({group.size},), a number for each unit of {group.name}; it "
+            f"returned {what}."
+        )
+    scores: Tensor = values.detach().double().cpu()
+    if not bool(torch.isfinite(scores).all()):
+        raise CalibrationError(f"the importance of some units of {group.name} by {criterion!r} is not finite.")
+    return scores
+
+
+def _owner(model: nn.Module, member: Member) -> nn.Module:
+    return model.get_submodule(member.name.rpartition(".")[0])
+
+
+def _mean_norm(model: nn.Module, tensors: dict[str, Tensor], group: ChannelGroup, order: int) -> Tensor | None:
+    """Return the mean of relative norms over all weights in the group, those of depthwise convolutions included."""
+    weights = [
+        member
+        for member in group.members
+        if tensors[member.name].dim() >= 2 and (member.role != "through" or isinstance(_owner(model, member), _ConvNd))
+    ]
+    slices = [unit_slices(tensors[member.name], member) for member in weights]
+    return mean_of([relative(torch.linalg.vector_norm(rows, order, dim=1)) for rows in slices])
+
+
+def _scale(model: nn.Module, tensors: dict[str, Tensor], group: ChannelGroup) -> Tensor | None:
+    norms = [
+        member
+        for member in group.members
+        if member.name.endswith("weight") and isinstance(_owner(model, member), (_NormBase, nn.GroupNorm))
+    ]
+    return mean_of([relative(unit_slices(tensors[member.name], member).abs().mean(1)) for member in norms])
+
+
+def _distance(tensors: dict[str, Tensor], group: ChannelGroup) -> Tensor | None:
+    rows = [unit_slices(tensors[m.name], m) for m in group.members if m.role == "out" and tensors[m.name].dim() >= 2]
+    if not rows:
+        return None
+    joined = torch.cat(rows, 1)
+    return relative(torch.cdist(joined, joined).sum(1))
