@@ -23,72 +23,23 @@ from lowrank_nn.graph.rules import RULES, Call, Planes, Rule
 from lowrank_nn.graph.sites import refuse_opaque, run_model
 from lowrank_nn.graph.units import IN, OUT, Units
 
+_PROPERTIES = """shape dtype device ndim is_cuda is_cpu is_mps is_meta is_sparse is_quantized is_mkldnn is_nested layout
+    requires_grad is_leaf grad_fn itemsize nbytes output_nr _version"""
+
+_METHODS = """size dim numel nelement ndimension __len__ is_floating_point is_complex is_signed stride element_size
+    is_contiguous data_ptr storage_offset untyped_storage get_device is_inference is_same_size is_pinned is_shared
+    is_coalesced has_names __repr__ __format__ __hash__ is_set_to is_neg is_conj _is_view is_distributed"""
+
+
+def _of_tensors(names: str) -> list[Any]:
+    found = [getattr(Tensor, name, None) for name in names.split()]
+    return [value if callable(value) else value.__get__ for value in found if value is not None]
+
+
 LOOKS = frozenset(
     {
-        *(
-            getattr(Tensor, name).__get__
-            for name in [
-                "shape",
-                "dtype",
-                "device",
-                "ndim",
-                "is_cuda",
-                "is_cpu",
-                "is_mps",
-                "is_meta",
-                "is_sparse",
-                "is_quantized",
-                "is_mkldnn",
-                "is_nested",
-                "layout",
-                "requires_grad",
-                "is_leaf",
-                "grad_fn",
-                "itemsize",
-                "nbytes",
-                "output_nr",
-                "_version",
-            ]
-            if hasattr(Tensor, name)
-        ),
-        *(
-            getattr(Tensor, name)
-            for name in [
-                "size",
-                "dim",
-                "numel",
-                "nelement",
-                "ndimension",
-                "__len__",
-                "is_floating_point",
-                "is_complex",
-                "is_signed",
-                "stride",
-                "element_size",
-                "is_contiguous",
-                "data_ptr",
-                "storage_offset",
-                "untyped_storage",
-                "get_device",
-                "is_inference",
-                "is_same_size",
-                "type",
-                "is_pinned",
-                "is_shared",
-                "is_coalesced",
-                "has_names",
-                "__repr__",
-                "__format__",
-                "__hash__",
-                "__deepcopy__",
-                "is_set_to",
-                "is_neg",
-                "is_conj",
-                "_is_view",
-                "is_distributed",
-            ]
-            if hasattr(Tensor, name)
-        ),
+        *_of_tensors(_PROPERTIES),
+        *_of_tensors(_METHODS),
         *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_same_size, torch.is_signed),
         *(torch.result_type, torch.is_neg, torch.is_conj, torch.is_inference),
     }
@@ -228,13 +179,14 @@ class _Follower(ForwardWatch):
         known = {key: self.read(tensor) for key, tensor in seen.items()}
         versions = {key: _version(tensor) for key, tensor in seen.items()}
         result = func(*args, **kwargs)
-        where = f"{_name(func)} in {self._path}"
+        where = f"{_short_name(func)} in {self._path}"
         outcome = None if rule is None else rule(Call(self.units, func, args, kwargs, result, where, known))
         if outcome is None:
             for labels in known.values():
-                self.units.freeze(labels.ids(), f"used by {where}, for which there is no rule")
+                self.units.freeze(labels.ids(), f"used by {_name(func)} in {self._path}, for which there is no rule")
             outcome = [[]]
-        made = functools.cache(outcome) if callable(outcome) else functools.partial(list, outcome)
+        finished: list[Planes] | Callable[[], list[Planes]] = outcome
+        made = functools.cache(lambda: finished() if callable(finished) else finished)
         constant = bool(known) and all(labels.constant for labels in known.values())
         for index, tensor in enumerate(tensors(result)):
             labels_of = functools.partial(self._labels, tuple(tensor.shape), made, index, constant)
@@ -260,7 +212,8 @@ class _Follower(ForwardWatch):
     def _change(self, tensor: Tensor, before: Labels, after: Labels) -> None:
         """Note a change in place. Other tensors in the same memory stay known where the units stay the same."""
         storage = _storage(tensor)
-        others = [known for t, known in self._known.items() if known.storage == storage and t is not tensor]
+        everything = self._known.items()  # type: ignore[no-untyped-call]
+        others = [known for t, known in everything if known.storage == storage and t is not tensor]
         same = len(before.planes) == len(after.planes) and all(map(torch.equal, before.planes, after.planes))
         if same:
             for known in others:
@@ -294,7 +247,7 @@ def _reparametrized(model: nn.Module) -> Iterator[tuple[str, tuple[str, list[nn.
         names = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
         names = [name for name in names if name in ("WeightNorm", "SpectralNorm")]
         if parametrize.is_parametrized(module):
-            lists = module.parametrizations.values()  # type: ignore[operator,union-attr]
+            lists = module.parametrizations.values()
             names += [type(one).__name__.lstrip("_") for several in lists for one in several]
         if names:
             reason = f"{path} is parametrized by {', '.join(names)}: remove that first"
@@ -316,10 +269,12 @@ def _inside(function: Any) -> Callable[..., Any] | None:
 
 
 def _name(function: Any) -> str:
-    owner = getattr(function, "__self__", None)
-    if getattr(function, "__name__", "") == "__get__":
-        return f"Tensor.{getattr(owner, '__name__', '')}"
-    return resolve_name(function) or getattr(function, "__qualname__", repr(function))
+    return str(resolve_name(function) or getattr(function, "__qualname__", repr(function)))
+
+
+def _short_name(function: Any) -> str:
+    getter = getattr(function, "__name__", "") == "__get__"
+    return str(getattr(function.__self__ if getter else function, "__name__", repr(function)))
 
 
 def _version(tensor: Tensor) -> int:

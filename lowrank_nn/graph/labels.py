@@ -164,7 +164,7 @@ def contract(
     for plane in merge(units, aligned, where):
         dims = support(plane)
         if max(dims) < len(out):
-            kept.append(plane[(..., *(0,) * (len(letters) - len(out)))])
+            kept.append(plane.reshape(plane.shape[: len(out)]))
         elif min(dims) < len(out):
             units.freeze(plane, f"mixed by {where}")
     return kept

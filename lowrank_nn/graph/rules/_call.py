@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -64,9 +64,11 @@ class Call:
 
 
 Outcome = list[Planes] | Callable[[], list[Planes]]
-Rule = Callable[[Call], Outcome]
+Rule = Callable[[Call], Outcome | None]
 """Returns the planes of the results: one entry for all, or one for each; or a function to be called for these only if
-something uses the result."""
+something uses the result; or None if it does not understand the call."""
+
+RuleType = TypeVar("RuleType", bound=Rule)
 
 RULES: dict[Callable[..., Any], Rule] = {}
 
@@ -86,10 +88,10 @@ def functions(name: str) -> list[Callable[..., Any]]:
     return list(dict.fromkeys(found))
 
 
-def rule_for(names: str) -> Callable[[Rule], Rule]:
+def rule_for(names: str) -> Callable[[RuleType], RuleType]:
     """Register a rule for the functions of torch with these names, separated by spaces."""
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: RuleType) -> RuleType:
         RULES.update((function, rule) for name in names.split() for function in functions(name))
         return rule
 

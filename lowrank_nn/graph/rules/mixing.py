@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lowrank_nn.graph.labels import Labels, merge, mix, support
-from lowrank_nn.graph.rules._call import Call, Planes, Rule, aligned, normal_dims, rule_for
+from lowrank_nn.graph.labels import Labels, merge, mix, split_dim, support
+from lowrank_nn.graph.rules._call import Call, Outcome, Planes, Rule, aligned, normal_dims, rule_for
 from lowrank_nn.graph.rules.elementwise import elementwise, per_channel
 
 
@@ -50,7 +50,7 @@ rule_for("sort argsort")(_along(1, -1))
 
 
 @rule_for("max min")
-def extremum(call: Call) -> Any:
+def extremum(call: Call) -> Outcome | None:
     """Over dimensions, or of two tensors."""
     return elementwise(call) if len(call.operands()) > 1 else _along(1)(call)
 
@@ -88,6 +88,12 @@ def grid_sample(call: Call) -> list[Planes]:
     return interpolate(call)
 
 
+@rule_for("local_response_norm")
+def local_response_norm(call: Call) -> list[Planes]:
+    """Each channel is divided by what its neighbours are."""
+    return [mix_all(call, call.first, [1])]
+
+
 @rule_for("batch_norm")
 def batch_norm(call: Call) -> list[Planes]:
     """Each channel has its statistics, over the batch and space (also in training)."""
@@ -112,12 +118,11 @@ def group_norm(call: Call) -> list[Planes]:
     groups = call.argument(1, "num_groups")
     planes = mix_all(call, call.first, range(2, len(call.first.shape)))
     size = call.first.shape[1]
-    split = [plane.unflatten(1, (groups, -1)) if plane.shape[1] > 1 else plane.unsqueeze(2) for plane in planes]
+    split = [split_dim(plane, 1, size // groups) if plane.shape[1] > 1 else plane.unsqueeze(2) for plane in planes]
     shape = (call.first.shape[0], groups, size // groups, *call.first.shape[2:])
     mixed = mix_all(call, Labels(shape, tuple(split)), [2])
-    joined = [
-        p.expand(-1, -1, size // groups, *p.shape[3:]).flatten(1, 2) if p.shape[1] > 1 else p[:, 0] for p in mixed
-    ]
+    wide = [plane.expand(-1, -1, size // groups, *plane.shape[3:]) for plane in mixed if plane.shape[1] > 1]
+    joined = [*(plane.flatten(1, 2) for plane in wide), *(plane[:, 0] for plane in mixed if plane.shape[1] == 1)]
     parameters = [call.labels(call.argument(position, name)) for position, name in ((2, "weight"), (3, "bias"))]
     return [per_channel(call, joined, parameters)]
 
@@ -127,7 +132,9 @@ def layer_norm(call: Call) -> list[Planes]:
     """All that is normalised together goes together."""
     labels, count = call.first, len(call.first.shape)
     inner = len(call.argument(1, "normalized_shape"))
-    mixed = mix_all(call, labels, range(count - inner, count))
     parameters = [call.labels(call.argument(position, name)) for position, name in ((2, "weight"), (3, "bias"))]
+    mixed = mix_all(call, labels, range(count - inner, count))
+    for parameter in parameters:
+        call.units.freeze(parameter.ids(), f"mixed by {call.where}")
     operands = [dataclasses.replace(labels, planes=tuple(mixed)), *(aligned(p, count) for p in parameters if p.shape)]
     return [merge(call.units, operands, call.where)]

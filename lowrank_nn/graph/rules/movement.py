@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_nn.graph.inputs import tensors
-from lowrank_nn.graph.labels import Labels, compact, concatenate, mix, move, support
+from lowrank_nn.graph.labels import Labels, compact, concatenate, mix, move, split_dim, support
 from lowrank_nn.graph.rules._call import RULES, Call, Planes, normal_dims, rule_for
 
-RESHAPES = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}
+RESHAPES: dict[Any, Any] = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}
+"""Expanded labels do not have the strides that a view may ask for."""
 
 
 def moved(call: Call, labels: Labels) -> list[Planes]:
     """Run the function once more, on the labels in place of the first argument."""
-    function = RESHAPES.get(call.function, call.function)  # expanded labels have no strides for a view
+    function: Callable[..., Any] = RESHAPES.get(call.function, call.function)
 
     def operation(ids: Tensor) -> Sequence[Tensor]:
         if call.args:
@@ -41,7 +42,8 @@ def _on_cpu(value: Any) -> Any:
 
 @rule_for(
     """view reshape view_as reshape_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t T
-    mT H mH adjoint squeeze unsqueeze flip fliplr flipud rot90 diagonal atleast_1d atleast_2d atleast_3d repeat_interleave
+    mT H mH adjoint squeeze unsqueeze flip fliplr flipud rot90 diagonal
+    atleast_1d atleast_2d atleast_3d repeat_interleave
     pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle"""
 )
 def movement(call: Call) -> list[Planes]:
@@ -100,7 +102,7 @@ def _tie_parts(call: Call, labels: Labels, dim: int, sizes: Sequence[int]) -> No
         if len(set(sizes)) > 1 or sum(sizes) != plane.shape[dim]:
             call.units.freeze(plane, f"split into parts of {', '.join(map(str, sizes))} by {call.where}")
         else:
-            parts = plane.unflatten(dim, (-1, sizes[0]))
+            parts = split_dim(plane, dim, sizes[0])
             call.units.unite(parts, parts.narrow(dim, 0, 1), f"meets what stays in {call.where}")
 
 
@@ -144,7 +146,7 @@ def narrow(call: Call) -> list[Planes]:
 
 
 def _slice(call: Call, labels: Labels, dim: int, part: slice) -> Labels:
-    """Tie the equal parts, or equal steps, that a slice takes one of; all along ``dim`` where it takes no such thing."""
+    """Tie the equal parts, or equal steps, of which a slice takes one; else all along ``dim``."""
     size = labels.shape[dim]
     start, stop, step = part.indices(size)
     if (start, stop, step) == (0, size, 1):
@@ -155,7 +157,7 @@ def _slice(call: Call, labels: Labels, dim: int, part: slice) -> Labels:
     if step > 1 and size % step == 0 and len(range(start, stop, step)) == size // step:
         for plane in labels.planes:
             if plane.shape[dim] > 1:
-                parts = plane.unflatten(dim, (-1, step))
+                parts = split_dim(plane, dim, step)
                 call.units.unite(parts, parts.narrow(dim + 1, 0, 1), f"meets what stays in {call.where}")
         return labels
     return _read_by_number(call, labels, [dim])
@@ -166,10 +168,8 @@ def getitem(call: Call) -> list[Planes]:
     """Slices as parts, all other indices by number."""
     labels = call.first
     for dim, index in _indices(call.args[1], len(labels.shape)):
-        if isinstance(index, slice):
-            labels = _slice(call, labels, dim, index)
-        else:
-            labels = _read_by_number(call, labels, [dim])
+        sliced = isinstance(index, slice)
+        labels = _slice(call, labels, dim, index) if sliced else _read_by_number(call, labels, [dim])
     return moved(call, labels)
 
 
@@ -268,7 +268,7 @@ def fold(call: Call) -> list[Planes]:
     taps = call.first.shape[-2] // call.shapes[0][-3]
     planes = []
     for plane in call.first.planes:
-        split = plane.unflatten(-2, (-1, taps)) if plane.shape[-2] > 1 else plane.unsqueeze(-2)
+        split = split_dim(plane, plane.dim() - 2, taps) if plane.shape[-2] > 1 else plane.unsqueeze(-2)
         dims = [split.dim() - 2, split.dim() - 1]
         kept = mix(call.units, split, dims, call.where) if support(split) & {*dims} else split
         planes.extend([] if kept is None else [kept])

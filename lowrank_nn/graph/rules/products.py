@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank_nn.graph.labels import Labels, compact, contract, merge, mix, support
+from lowrank_nn.graph.labels import Labels, compact, contract, merge, mix, split_dim, support
 from lowrank_nn.graph.rules._call import Call, Planes, aligned, rule_for
 from lowrank_nn.graph.rules.mixing import mix_all
 from lowrank_nn.graph.units import OUT
@@ -48,7 +48,7 @@ def _convolution(spatial: int, transposed: bool) -> Any:
         taps = range(2, 2 + spatial)
         kernel = Labels(weight.shape[:2], _drop(mix_all(call, weight, taps), spatial))
         planes = _grouped(call, flat, kernel, groups, transposed)
-        spread = [plane[(..., *(None,) * spatial)] for plane in planes]
+        spread = [plane.reshape(*plane.shape, *(1,) * spatial) for plane in planes]
         return with_bias(call, spread, bias, channel)
 
     return rule
@@ -61,7 +61,7 @@ for _spatial in (1, 2, 3):
 
 def _drop(planes: Planes, dims: int) -> tuple[Tensor, ...]:
     """Return planes without their last dimensions, along which none varies."""
-    return tuple(plane[(..., *(0,) * dims)] for plane in planes)
+    return tuple(plane.reshape(plane.shape[:-dims]) for plane in planes)
 
 
 def _grouped(call: Call, x: Labels, kernel: Labels, groups: int, transposed: bool) -> Planes:
@@ -92,10 +92,8 @@ def _grouped(call: Call, x: Labels, kernel: Labels, groups: int, transposed: boo
 
 def _split_dim(labels: Labels, dim: int, groups: int) -> Labels:
     shape = (*labels.shape[:dim], groups, labels.shape[dim] // groups, *labels.shape[dim + 1 :])
-    planes = tuple(
-        plane.unflatten(dim, (groups, -1)) if plane.shape[dim] > 1 else plane.unsqueeze(dim) for plane in labels.planes
-    )
-    return Labels(shape, planes, labels.constant)
+    planes = (split_dim(p, dim, shape[dim + 1]) if p.shape[dim] > 1 else p.unsqueeze(dim) for p in labels.planes)
+    return Labels(shape, tuple(planes), labels.constant)
 
 
 def product(call: Call, a: Labels, b: Labels) -> Planes:

@@ -1,0 +1,75 @@
+"""Removing and zeroing units by hand, to hold channel groups against."""
+
+import collections
+import copy
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+
+def doomed(removals):
+    """By name of a tensor and dim, the positions that go; ``removals`` are pairs of a group and unit numbers."""
+    positions = collections.defaultdict(set)
+    for group, units in removals:
+        for member in group.members:
+            for unit in units:
+                positions[member.name, member.dim].update(member.positions[unit])
+    return positions
+
+
+@torch.no_grad()
+def zeroed(model, removals):
+    """A copy with all members of the units set to zero."""
+    model = copy.deepcopy(model)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for (name, dim), positions in doomed(removals).items():
+        tensor = tensors[name].data
+        index = torch.tensor(sorted(positions))
+        tensors[name].data = tensor.index_fill(dim, index, 0)
+    return model
+
+
+@torch.no_grad()
+def removed(model, removals):
+    """A copy without the units; the sizes that torch's layers keep as attributes follow their weights."""
+    model = copy.deepcopy(model)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    positions = doomed(removals)
+    groups = {path: _groups_left(path, module, positions) for path, module in model.named_modules()}
+    for (name, dim), gone in positions.items():
+        tensor = tensors[name].data
+        kept = torch.tensor([i for i in range(tensor.shape[dim]) if i not in gone])
+        assert len(kept), f"nothing left of {name}"
+        tensors[name].data = tensor.index_select(dim, kept)
+    for path, module in model.named_modules():
+        _fit_attributes(module, groups[path])
+    return model
+
+
+def _groups_left(path, module, positions):
+    if isinstance(module, _ConvNd) and module.groups > 1:
+        gone = positions.get((f"{path}.weight".lstrip("."), 0), set())
+        size = module.weight.shape[0] // module.groups
+        blocks = {position // size for position in gone}
+        return module.groups - (len(blocks) if len(blocks) * size == len(gone) else 0)
+    if isinstance(module, nn.GroupNorm):
+        size = module.num_channels // module.num_groups
+        return module.num_groups - len(positions.get((f"{path}.weight", 0), ())) // size
+    return getattr(module, "groups", 1)
+
+
+def _fit_attributes(module, groups):
+    if isinstance(module, _ConvNd):
+        module.groups = groups
+        first, second = module.weight.shape[:2]
+        transposed = isinstance(module, _ConvTransposeNd)
+        module.out_channels = second * groups if transposed else first
+        module.in_channels = first if transposed else second * groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, _NormBase) and module.running_mean is not None:
+        module.num_features = len(module.running_mean)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups, module.num_channels = groups, len(module.weight)
