@@ -22,7 +22,7 @@ def find_misfits(file: OpenFile, model: nn.Module) -> list[str]:
     The layers are rebuilt on a copy of the model that has shapes but no memory, whose state is then compared.
     """
     structure = file.structure
-    skeleton, failed, replaced = rebuild_layers(_skeleton(model), structure.layers, fill=False)
+    skeleton, failed, replaced = rebuild_layers(_skeleton(model), structure, fill=False)
     problems = [f"{path!r} {problem}" for path, problem in failed.items()]
     problems += _unlisted_layers(structure, skeleton)
 

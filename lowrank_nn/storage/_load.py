@@ -21,7 +21,8 @@ def load(
     """Rebuild on ``fresh_model`` the compressed model that :func:`save` wrote, and return it.
 
     ``fresh_model`` is an ordinary instance of the architecture that was compressed, with any weights. It is used and
-    changed: the compressed layers of the file replace its dense ones, then all weights are loaded. The whole file is
+    changed: the compressed layers of the file replace its dense ones, batch norms that were folded go, then all weights
+    are loaded. The whole file is
     checked before that (structure, shapes, checksums): a :class:`FileFormatError` leaves ``fresh_model`` as it was.
     Where the model as a whole is one compressed layer, the returned module is another object.
 
@@ -56,7 +57,7 @@ def load(
             f"load: {str(path)!r} is damaged or does not fit {type(fresh_model).__name__}. Pass the architecture that "
             f"was compressed, and a whole file:\n{listed}"
         )
-    model, _, _ = rebuild_layers(fresh_model, file.structure.layers, fill=True)
+    model, _, _ = rebuild_layers(fresh_model, file.structure, fill=True)
     _load_state(model, tensors)
     release_fast_path(model)
     return model if device is None else model.to(device)

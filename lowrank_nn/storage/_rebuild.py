@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,19 +10,20 @@ from torch import Tensor, nn
 
 from lowrank_nn.graph import replace_module
 from lowrank_nn.layers import LAYERS, CompressedLayer
-from lowrank_nn.storage._structure import LayerEntry
+from lowrank_nn.storage._folds import fold_again, folds_norms
+from lowrank_nn.storage._structure import LayerEntry, Structure
 
 CPU = torch.device("cpu")
 
 
 def rebuild_layers(
-    model: nn.Module, entries: Sequence[LayerEntry], *, fill: bool
+    model: nn.Module, structure: Structure, *, fill: bool
 ) -> tuple[nn.Module, dict[str, str], frozenset[str]]:
-    """Put the layers of ``entries`` into ``model``, in order, with values not yet loaded.
+    """Put the layers of a file into ``model``, in order, with values not yet loaded, and fold the norms that it folds.
 
     Args:
         model: Changed in place.
-        entries: The layers, parents before the layers inside them.
+        structure: What the file says.
         fill: Give the new tensors memory where the layers they replace have it (the CPU for meta tensors), and fill
             the buffers that no file holds; else they stay on the meta device.
 
@@ -32,7 +33,8 @@ def rebuild_layers(
     """
     problems: dict[str, str] = {}
     replaced: set[str] = set()
-    for entry in entries:
+    folds = folds_norms(model, structure.identities)
+    for entry in structure.layers:
         if any(is_inside(entry.path, path) for path in problems):
             continue
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -40,12 +42,13 @@ def rebuild_layers(
         problem = _slot_problem(entry, slot, modules)
         if problem is None and slot is not None and not _is_there(entry, slot):
             layer = _construct(entry, slot)
-            problem = layer if isinstance(layer, str) else _argument_problem(layer, slot)
+            problem = layer if isinstance(layer, str) else _argument_problem(layer, slot, takes_bias=folds)
             if problem is None and not isinstance(layer, str):
                 model = replace_module(model, entry.path, _prepare(layer, slot, entry, fill))
                 replaced.update((entry.path, *entry.aliases))
         if problem is not None:
             problems[entry.path] = problem
+    problems |= fold_again(model, structure.identities, structure.keys() if folds else ())
     return model, problems, frozenset(replaced)
 
 
@@ -90,8 +93,10 @@ def _construct(entry: LayerEntry, slot: nn.Module) -> CompressedLayer | str:
         return f"({entry.name}) has a config that its class refuses: {error}"
 
 
-def _argument_problem(layer: CompressedLayer, slot: nn.Module) -> str | None:
+def _argument_problem(layer: CompressedLayer, slot: nn.Module, *, takes_bias: bool) -> str | None:
     saved = layer.dense_arguments()
+    if takes_bias and saved.get("bias"):
+        del saved["bias"]  # a folded norm may have left it
     held = slot.dense_arguments() if isinstance(slot, CompressedLayer) else vars(slot) | _has_bias(slot)
     differing = [
         f"{name}={_plain(value)!r} in the file, {_plain(held[name])!r} in the model"

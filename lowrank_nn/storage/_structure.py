@@ -79,11 +79,13 @@ class Structure:
         layers: Its compressed layers, parents before the layers inside them.
         tied: For each state-dict key that shares its tensor with an earlier one, that earlier key.
         tensors: How each tensor is stored, by state-dict key.
+        identities: Paths of its identities, where batch norms may have been folded away.
     """
 
     layers: tuple[LayerEntry, ...]
     tied: dict[str, str]
     tensors: dict[str, StoredTensor]
+    identities: tuple[str, ...] = ()
 
     def keys(self) -> dict[str, str]:
         """Return for every state-dict key the one under which its tensor is stored."""
@@ -91,8 +93,10 @@ class Structure:
 
     def to_json(self) -> dict[str, Any]:
         """Return the structure as JSON-able values."""
+        identities = {"identities": list(self.identities)} if self.identities else {}
         return {
             "layers": [layer.to_json() for layer in self.layers],
+            **identities,
             "tied": self.tied,
             "tensors": {key: tensor.to_json() for key, tensor in self.tensors.items()},
         }
@@ -180,6 +184,7 @@ def read_structure(value: Any, stored_as: Mapping[str, Entry]) -> Structure:
     """
     try:
         layers = tuple(_read_layer(entry) for entry in _typed(value["layers"], list))
+        identities = tuple(_typed(path, str) for path in _typed(value.get("identities", []), list))
         tied = {_typed(k, str): _typed(v, str) for k, v in _typed(value["tied"], dict).items()}
         tensors = _typed(value["tensors"], dict)
         if not stored_as.keys() <= tensors.keys() >= set(tied.values()) or tied.keys() & tensors:
@@ -191,7 +196,7 @@ def read_structure(value: Any, stored_as: Mapping[str, Entry]) -> Structure:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"the structure in the header is malformed ({error}).") from error
-    return Structure(layers, tied, read)
+    return Structure(layers, tied, read, identities)
 
 
 def _unwritable(layer: CompressedLayer) -> str | None:
