@@ -22,11 +22,15 @@ from lowrank_nn.errors import UnsupportedLayerError as UnsupportedLayerError
 from lowrank_nn.graph import fold_batchnorm as fold_batchnorm
 from lowrank_nn.layers import LAYERS as LAYERS
 from lowrank_nn.layers import VBMF as VBMF
+from lowrank_nn.layers import BinaryConv2d as BinaryConv2d
+from lowrank_nn.layers import BinaryLinear as BinaryLinear
 from lowrank_nn.layers import CodebookConv2d as CodebookConv2d
 from lowrank_nn.layers import CodebookLinear as CodebookLinear
 from lowrank_nn.layers import CompressedLayer as CompressedLayer
 from lowrank_nn.layers import CPConv2d as CPConv2d
 from lowrank_nn.layers import Energy as Energy
+from lowrank_nn.layers import HashedConv2d as HashedConv2d
+from lowrank_nn.layers import HashedLinear as HashedLinear
 from lowrank_nn.layers import LowRankLayer as LowRankLayer
 from lowrank_nn.layers import Params as Params
 from lowrank_nn.layers import PrunedConv2d as PrunedConv2d

@@ -18,7 +18,7 @@ from lowrank_nn.distill import FeatureLoss, Guidance, distill_loss
 from lowrank_nn.errors import OptionError, PlanError
 from lowrank_nn.graph import call_model
 from lowrank_nn.graph.sites import describe_paths
-from lowrank_nn.layers import QuantConv2d, QuantLinear
+from lowrank_nn.layers import BinaryLayer, QuantLayer
 from lowrank_nn.pipeline import distributed
 from lowrank_nn.pipeline.batches import logits_of, split_batch
 from lowrank_nn.pipeline.state import Decision, State, Step
@@ -41,8 +41,8 @@ class FineTune(Step):
 
     All modules are set to train mode; a model that is given in train mode keeps the modes of its modules, so that
     normalisation that is frozen in eval mode stays frozen. Parameters without ``requires_grad`` are not trained, nor
-    are quantized layers whose weight had none in the given model. Masked weights stay zero. Quantized layers train
-    through the rounding (straight-through) and are integers again afterwards.
+    are quantized layers whose weight had none in the given model. Masked weights stay zero. Quantized and binary
+    layers train through the rounding (straight-through) and are integers again afterwards.
 
     Started by ``torchrun``, every process trains on its share of the batches under ``DistributedDataParallel``, and all
     end with the same model; put the model on the process's device before compressing it. A loader with a
@@ -223,7 +223,7 @@ def trainable(student: nn.Module, dense: nn.Module) -> Iterator[None]:
     quantized = [
         layer
         for path, layer in student.named_modules()
-        if isinstance(layer, (QuantConv2d, QuantLinear)) and layer.frozen and _weight_trains(dense, path)
+        if isinstance(layer, (BinaryLayer, QuantLayer)) and layer.frozen and _weight_trains(dense, path)
     ]
     with modes_kept(student):
         try:

@@ -20,7 +20,7 @@ STATE_KEYS = Path(__file__).parent / "state_keys.json"
 REFUSED: dict[str, set[str]] = {}
 """The cases that a class refuses; everything else it must serve."""
 
-ALWAYS_ROUNDS = {"CodebookConv2d", "CodebookLinear", "QuantConv2d", "QuantLinear"}
+ALWAYS_ROUNDS = {f"{name}{kind}" for name in ("Binary", "Codebook", "Hashed", "Quant") for kind in ("Conv2d", "Linear")}
 """Classes without lossless options."""
 
 VARIANTS: dict[str, dict[str, dict[str, object]]] = {
@@ -33,8 +33,12 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
         "random": {"criterion": "random"},
     },
     "PrunedLinear": {name: {"granularity": name} for name in ("channel", "filter")},
+    "BinaryConv2d": {"training": {"frozen": False}, "binary_inputs": {"binary_inputs": True}},
+    "BinaryLinear": {"training": {"frozen": False}, "binary_inputs": {"binary_inputs": True}},
     "CodebookConv2d": {"one_bit": {"bits": 1}, "eight_bits": {"bits": 8}, "linear": {"init": "linear"}},
     "CodebookLinear": {"one_bit": {"bits": 1}, "density": {"init": "density"}, "random": {"init": "random"}},
+    "HashedConv2d": {"eighth": {"share": 1 / 8}, "seeded": {"share": None, "buckets": 20, "seed": 3}},
+    "HashedLinear": {"eighth": {"share": 1 / 8}},
     "QuantConv2d": {
         "affine": {"scheme": "affine"},
         "three_bits": {"bits": 3},
@@ -56,12 +60,17 @@ ROUNDED_INPUTS = dict.fromkeys(
     ("check_equals_dense_weight", "check_to_dense_layer", "check_casts", "check_zeros_stay"),
     "the inputs are rounded too, which no dense weight does",
 )
+BINARY_INPUTS = {check: reason for check, reason in ROUNDED_INPUTS.items() if check != "check_zeros_stay"}
 STRAIGHT_THROUGH = {"check_dense_weight_derivative": "rounding is a staircase; its gradient is straight-through"}
 FEW_BITS = {"check_initial_variance": "so many entries round to zero that those kept are larger than torch's default"}
 
 KNOWN_EXCEPTIONS: dict[str, dict[str, str]] = {
     "QuantConv2d-integer_inputs": ROUNDED_INPUTS,
     "QuantLinear-integer_inputs": ROUNDED_INPUTS,
+    "BinaryConv2d-binary_inputs": BINARY_INPUTS,
+    "BinaryLinear-binary_inputs": BINARY_INPUTS,
+    "BinaryConv2d-training": STRAIGHT_THROUGH,
+    "BinaryLinear-training": STRAIGHT_THROUGH,
     "QuantConv2d-training": STRAIGHT_THROUGH,
     "QuantLinear-training": STRAIGHT_THROUGH,
     "QuantConv2d-three_bits": FEW_BITS,
