@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -136,13 +137,13 @@ class _Trial:
 
     def _evaluate(self) -> _Run:
         with evaluating(self._model):
-            seed_all(self._seed)
+            _prepare(self._seed)
             return _Run(_copies(call_model(self._model, self._inputs)), {}, {})
 
     def _train(self, inputs: Any) -> _Run:
         with untouched(self._model), torch.enable_grad(), _NoDropout():
             torch.backends.mha.set_fastpath_enabled(False)
-            seed_all(self._seed)
+            _prepare(self._seed)
             self._model.train()
             for parameter in self._model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
@@ -176,13 +177,19 @@ def _widest(model: nn.Module, example_inputs: Any, seed: int) -> tuple[nn.Module
             candidate, inputs = candidate.double(), map_tensors(_double, inputs)
         try:
             with evaluating(candidate):
-                seed_all(seed)
+                _prepare(seed)
                 call_model(candidate, inputs)
         except Exception as error:
             failure = error
         else:
             return candidate, inputs
     raise PlanError(f"{type(model).__name__}: the forward fails on example_inputs: {_short(failure)}.") from failure
+
+
+def _prepare(seed: int) -> None:
+    """Within a block that restores them: seed the random numbers, and keep what the forward warns of to itself."""
+    seed_all(seed)
+    warnings.simplefilter("ignore")  # the user sees the warnings of his own calls, not those of ours
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class FilterRemoval:
         """Remove as many units of each group as decided, those that matter least now, and prove it."""
         removals = [d.removal for d in decisions if isinstance(d, FilterDecision) and d.removal is not None]
         if state.dry:
-            state.pruned = _cached(state, tuple(removals), lambda: _shrunk(_numbers_of(state), removals, state))
+            state.pruned = _cached(state, ("shrunk", *removals), lambda: _shrunk(_numbers_of(state), removals, state))
             remove_units(state.model, removals)
         else:
             proof = prove(state.model, self._chosen_now(state, removals), state.example_inputs, seed=state.seed)
@@ -126,8 +126,9 @@ class FilterRemoval:
         )
 
     def _prove(self, state: State, model: nn.Module, removals: Sequence[Removal]) -> Proof:
-        key = tuple((removal.group.name, removal.units) for removal in removals)
-        return _cached(state, key, lambda: prove(model, removals, state.example_inputs, seed=state.seed))
+        return _cached(
+            state, ("proof", *removals), lambda: prove(model, removals, state.example_inputs, seed=state.seed)
+        )
 
     def _within_budget(
         self, state: State, groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor]
