@@ -146,7 +146,7 @@ def fold_(model: nn.Module, fold: Fold) -> tuple[nn.Module, nn.Module]:
     layer, norm = model.get_submodule(fold.layer), model.get_submodule(fold.norm)
     assert isinstance(norm, _BatchNorm)
     new = copy.deepcopy(layer)
-    _scale_and_shift_(_last_leaf(new), norm)
+    _scale_and_shift_(last_leaf(new), norm)
     replace_module(model, fold.layer, new)
     replace_module(model, fold.norm, nn.Identity())
     return layer, norm
@@ -198,7 +198,8 @@ def scaled_weight(leaf: nn.Module, scale: Tensor) -> Tensor:
     return (parts * scale.reshape(leaf.groups, 1, -1, *[1] * (weight.dim() - 2))).reshape(weight.shape)
 
 
-def _last_leaf(layer: nn.Module) -> nn.Module:
+def last_leaf(layer: nn.Module) -> nn.Module:
+    """Return the leaf that gives a layer's output: the layer itself, or the last stage of a factorised one."""
     *_, last = [layer, *layer.stages()] if isinstance(layer, CompressedLayer) else [layer]
     return last
 
@@ -213,7 +214,7 @@ def _uses(model: nn.Module) -> Counter[int]:
 
 def _refusal(layer: nn.Module, uses: Counter[int]) -> str:
     """Return why a layer cannot take up a norm; empty where it can."""
-    leaf = _last_leaf(layer)
+    leaf = last_leaf(layer)
     if not isinstance(leaf, DENSE):
         return f"it is a {type(leaf).__name__}; fold before pruning and quantizing"
     if parametrize.is_parametrized(leaf) or "weight" not in leaf._parameters:

@@ -16,6 +16,7 @@ from lowrank_nn.graph.proof import Proof, prove
 from lowrank_nn.graph.stand_in import with_numbers
 from lowrank_nn.graph.surgery import Removal, named_tensors, remove_units
 from lowrank_nn.pipeline.evidence import changed_since_given
+from lowrank_nn.pipeline.refit import merge_similar_, refit_readers
 from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State
 from lowrank_nn.planning import BatchLoss
@@ -52,6 +53,7 @@ class FilterRemoval:
         but_not: Patterns of the layers to leave as they are.
         batches: Batches for ``loss``.
         loss: For criteria that need one.
+        reconstruct: Whether calibration data, if there are any, are used to refit the readers of what was removed.
     """
 
     amount: float | None
@@ -61,6 +63,7 @@ class FilterRemoval:
     but_not: Patterns
     batches: Iterable[Any] | None
     loss: BatchLoss | None
+    reconstruct: bool
 
     def decide(self, state: State) -> list[Decision]:
         """Decide for every channel group that the patterns want.
@@ -72,7 +75,8 @@ class FilterRemoval:
         model = _numbers_of(state)
         groups = _cached(state, "groups", lambda: find_groups(model, state.example_inputs))
         wanted = self._wanted(state, groups)
-        scores = self._scores(state, model, [group for group in wanted if not group.frozen])
+        open_groups = [group for group in wanted if not group.frozen]
+        scores = _cached(state, ("scores", id(self)), lambda: self._scores(state, model, open_groups))
         notes = {group.name: group.frozen for group in wanted if group.frozen}
         notes |= {g.name: "the criterion says nothing about it" for g in wanted if not (g.frozen or g.name in scores)}
         if self.amount is None:
@@ -98,11 +102,25 @@ class FilterRemoval:
                 state.remark(_producers(_named(removals, name))[0], f"Prune: filters put back: {reason}")
             if proof.untested:
                 state.remark("", f"Prune: removed filters are proven in eval mode only: {proof.untested}")
-            remove_units(state.model, proof.proven)
+            self._remove(state, proof.proven)
             state.pruned = (state.model, record(state.model, state.example_inputs))
         for decision in decisions:
             if decision.note and state.is_resized(decision.path):
                 state.remark(decision.path, f"Prune: all output channels stay: {decision.note}")
+
+    def _remove(self, state: State, removals: Sequence[Removal]) -> None:
+        """Remove units, and make the best of what is left."""
+        if self.criterion == "similar":
+            merge_similar_(state.model, removals)
+        if not (self._refits(state) and removals):
+            remove_units(state.model, removals)
+            return
+        before = copy.deepcopy(state.model) if changed_since_given(state) else state.dense
+        remove_units(state.model, removals)
+        refit_readers(state, before, removals)
+
+    def _refits(self, state: State) -> bool:
+        return self.reconstruct and state.calibration is not None
 
     def _wanted(self, state: State, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
         """Return the groups of which every producer is wanted and none is not."""
@@ -121,6 +139,7 @@ class FilterRemoval:
             calibration=state.calibration,
             batches=self.batches,
             loss=self.loss,
+            corrected=self._refits(state),
             seed=state.seed,
             progress=state.progress and not state.dry,
         )

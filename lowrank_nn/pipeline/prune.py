@@ -43,8 +43,9 @@ class Prune(Step):
         granularity: What is pruned together: ``"filter"``, or a granularity of :class:`lowrank_nn.PrunedConv2d`, which
             masks. Layers that do not have it (a linear layer has no kernels) stay as they are.
         criterion: What matters least goes: ``"l1"``, ``"l2"``, ``"random"``, or ``"obd"``. For filters also
-            ``"bn_scale"``, ``"geometric_median"``, ``"activation"``, ``"apoz"``, ``"taylor"``, or a function
-            ``criterion(model, group)``; see :func:`lowrank_nn.unit_importance`.
+            ``"bn_scale"``, ``"geometric_median"``, ``"taylor"`` and ``"similar"`` (what read a filter then reads its
+            like); with calibration data ``"activation"``, ``"apoz"``, ``"lasso"``, ``"thinet"``, ``"obs"``; or a
+            function ``criterion(model, group)``; see :func:`lowrank_nn.unit_importance`.
         scope: For filters: ``"layer"`` takes ``amount`` of every group of layers, ``"global"`` the least important of
             all groups; by default the former with an amount, the latter with a budget.
         round_to: For filters: what the number of those that stay in a layer is a multiple of.
@@ -54,6 +55,10 @@ class Prune(Step):
         but_not: Shell patterns of the layers to leave as they are; their inputs may still become fewer.
         batches: Batches for ``loss``.
         loss: ``loss(model, batch)``, a scalar, for ``"obd"`` and ``"taylor"``.
+        reconstruct: For filters, where there are calibration data: whether to fit the layers that read removed ones
+            anew, in the order of execution, to give what they gave out of what is left (least squares; mean outputs
+            are kept by biases or by the norms behind). Holds the activations of all calibration data at one point of
+            the network, before and after, in memory.
 
     Raises:
         OptionError: ``amount`` is not between 0 and 1 or contradicts ``min_keep``, there is no such criterion or scope,
@@ -73,6 +78,7 @@ class Prune(Step):
         but_not: Patterns = (),
         batches: Iterable[Any] | None = None,
         loss: BatchLoss | None = None,
+        reconstruct: bool = True,
     ) -> None:
         if amount is not None and not 0 < amount < 1:
             raise OptionError(f"Prune: amount is a share above 0 and below 1, got {amount!r}.")
@@ -94,7 +100,7 @@ class Prune(Step):
             keep = KeepRule(scope or ("global" if amount is None else "layer"), round_to, least)
             if amount is not None and amount > 1 - least + 1e-9:
                 raise OptionError(f"Prune: amount={amount} and min_keep={min_keep} contradict each other.")
-            self.filters = FilterRemoval(amount, keep, criterion, where, but_not, batches, loss)
+            self.filters = FilterRemoval(amount, keep, criterion, where, but_not, batches, loss, reconstruct)
         elif amount is None or scope is not None or round_to != 1 or min_keep is not None:
             raise OptionError(
                 f"Prune: granularity={granularity!r} masks the share amount of each layer; scope, round_to, min_keep "

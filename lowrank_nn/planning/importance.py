@@ -14,15 +14,17 @@ from torch.nn.modules.conv import _ConvNd
 from lowrank_nn.errors import CalibrationError, OptionError
 from lowrank_nn.graph.groups import ChannelGroup, Member
 from lowrank_nn.planning.fisher import BatchLoss
+from lowrank_nn.planning.moment_scores import MOMENT_CRITERIA, from_moments
+from lowrank_nn.planning.similar import similarity_scores, unit_columns, unit_rows
 from lowrank_nn.planning.unit_signals import Score, from_inputs, from_loss, mean_of, relative, unit_slices
 
 UnitCriterion = Callable[[nn.Module, ChannelGroup], Tensor]
 """``criterion(model, group)``: a number for each unit of the group, larger for those that matter more."""
 
-FROM_WEIGHTS = ("l1", "l2", "bn_scale", "geometric_median", "random")
+FROM_WEIGHTS = ("l1", "l2", "bn_scale", "geometric_median", "similar", "random")
 FROM_INPUTS = ("activation", "apoz")
 FROM_LOSS = ("taylor", "obd")
-UNIT_CRITERIA = (*FROM_WEIGHTS, *FROM_INPUTS, *FROM_LOSS)
+UNIT_CRITERIA = (*FROM_WEIGHTS, *FROM_INPUTS, *MOMENT_CRITERIA, *FROM_LOSS)
 
 
 def unit_importance(
@@ -33,6 +35,7 @@ def unit_importance(
     calibration: Iterable[Any] | None = None,
     batches: Iterable[Any] | None = None,
     loss: BatchLoss | None = None,
+    corrected: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Tensor]:
@@ -45,8 +48,13 @@ def unit_importance(
     - ``"bn_scale"``: mean of \|gamma\| over the norms that the unit passes, relative.
     - ``"geometric_median"``: sum over the other units v of the distance of the rows, \|\|w_out(u) - w_out(v)\|\|,
       relative: what is near the middle of all rows can be replaced by them.
+    - ``"similar"``: how far the unit is from another one that can stand in for it, times the weights that read it; see
+      :func:`lowrank_nn.planning.similar.similarity_scores`. Norms count as they are: fold them before.
     - ``"activation"``: mean \|a\| of the unit's activation where it is read, relative.
     - ``"apoz"``: share of the unit's activations that are not zero.
+    - ``"lasso"``, ``"thinet"``, ``"obs"``: what the network's output loses, by the second moments of what reads the
+      unit: by LASSO regression, by greedy removal, by removal with the best update of the weights that remain; see
+      :mod:`lowrank_nn.planning.selection`. In units of the output, squared.
     - ``"taylor"``: mean over batches of \|sum w dL/dw\| over the weights that read the unit: the first-order change of
       the loss when they become zero. In units of the loss.
     - ``"obd"``: 1/2 sum F w^2 over the weights that read the unit, F the diagonal Fisher information. In units of
@@ -57,10 +65,12 @@ def unit_importance(
         model: The model; left as it was.
         groups: Groups of this model.
         criterion: One of these, or a function ``criterion(model, group)`` that returns a number for each unit.
-        calibration: Batches of inputs, for ``"activation"`` and ``"apoz"``.
+        calibration: Batches of inputs, for ``"activation"``, ``"apoz"``, ``"lasso"``, ``"thinet"`` and ``"obs"``.
         batches: Batches for ``loss``, for ``"taylor"`` and ``"obd"``; for ``"obd"`` they are cut into samples.
         loss: ``loss(model, batch)``, a scalar.
-        seed: Seed of ``"random"``.
+        corrected: Whether the change of mean outputs will be made up for, by biases and norms; then a constant unit
+            costs nothing by ``"lasso"``, ``"thinet"`` and ``"obs"``.
+        seed: Seed of ``"random"``, and of what is sampled.
         progress: Whether to show a progress bar over ``calibration`` (never when the output is not a terminal).
 
     Returns:
@@ -73,8 +83,10 @@ def unit_importance(
 
     References:
         Li et al. 2017, "Pruning Filters for Efficient ConvNets" (l1); Liu et al. 2017, "Network Slimming" (bn_scale);
-        He et al. 2019, "Filter Pruning via Geometric Median"; Hu et al. 2016, "Network Trimming" (apoz); Molchanov et
-        al. 2019, "Importance Estimation for Neural Network Pruning" (taylor); Theis et al. 2018, "Faster gaze
+        He et al. 2019, "Filter Pruning via Geometric Median"; Srinivas and Babu
+        2015, "Data-free Parameter Pruning" (similar); He et al. 2017, "Channel Pruning for Accelerating Very Deep
+        Neural Networks" (lasso); Luo et al. 2017, "ThiNet"; Hassibi and Stork 1993, "Optimal Brain Surgeon" (obs);
+        Hu et al. 2016, "Network Trimming" (apoz); Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning" (taylor); Theis et al. 2018, "Faster gaze
         prediction with dense networks and Fisher pruning" (obd); Fang et al. 2023, "DepGraph" (scores over whole
         groups, relative to their mean).
     """
@@ -84,6 +96,8 @@ def unit_importance(
         score = functools.partial(criterion, model)
     elif criterion in FROM_INPUTS:
         score = from_inputs(model, groups, criterion, calibration, progress)
+    elif criterion in MOMENT_CRITERIA:
+        score = from_moments(model, groups, criterion, calibration, corrected=corrected, seed=seed, progress=progress)
     elif criterion in FROM_LOSS:
         score = from_loss(model, groups, criterion, batches, loss)
     elif criterion in FROM_WEIGHTS:
@@ -93,6 +107,7 @@ def unit_importance(
             "l2": lambda group: _mean_norm(model, tensors, group, 2),
             "bn_scale": lambda group: _scale(model, tensors, group),
             "geometric_median": lambda group: _distance(tensors, group),
+            "similar": lambda group: similarity_scores(unit_rows(tensors, group), unit_columns(tensors, group)),
             "random": lambda group: torch.rand(group.size, generator=generator, dtype=torch.float64),
         }[criterion]
     else:

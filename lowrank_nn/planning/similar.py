@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from lowrank_nn.graph.groups import ChannelGroup
+from lowrank_nn.planning.unit_signals import unit_slices
+
+
+def unit_rows(tensors: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
+    """Return all that each unit is computed from, weights, biases and norms, (units, m); float64 on the CPU."""
+    computing = [member for member in group.members if member.role != "in"]
+    return torch.cat([unit_slices(tensors[member.name], member).cpu() for member in computing], dim=1)
+
+
+def unit_columns(tensors: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
+    """Return all weights that read each unit, (units, n); float64 on the CPU."""
+    reading = [unit_slices(tensors[member.name], member).cpu() for member in group.members if member.role == "in"]
+    return torch.cat(reading, dim=1) if reading else torch.zeros(group.size, 0, dtype=torch.float64)
 
 
 def similarity_scores(rows: Tensor, columns: Tensor) -> Tensor:
@@ -16,7 +33,7 @@ def similarity_scores(rows: Tensor, columns: Tensor) -> Tensor:
     those gone before. One unit always stays: it gets more than any other.
 
     Args:
-        rows: w, all that a unit is computed from (weights and bias, scaled by the norm behind), (units, m).
+        rows: w, all that a unit is computed from, (units, m).
         columns: a, all weights that read it, (units, n).
 
     References:
