@@ -40,8 +40,8 @@ class Source(abc.ABC):
         makers: Weights of the layers whose output this is, activated, pooled or joined.
     """
 
-    def __init__(self, shape: Sequence[int], channels_last: bool, makers: tuple[PackedWeight, ...]) -> None:
-        self.shape, self.channels_last, self.makers = tuple(shape), channels_last, makers
+    def __init__(self, shape: tuple[int, ...], channels_last: bool, makers: tuple[PackedWeight, ...]) -> None:
+        self.shape, self.channels_last, self.makers = shape, channels_last, makers
         self.grid: CodeGrid | None = None
         self._codes: Tensor | None = None
 
@@ -85,7 +85,7 @@ class Product(Source):
         self,
         weight: PackedWeight,
         codes: Tensor,
-        shape: Sequence[int],
+        shape: tuple[int, ...],
         channels_last: bool,
         added: Source | None = None,
         activation: Activation = NONE,
@@ -97,7 +97,9 @@ class Product(Source):
     def compute(self, grid: CodeGrid | None) -> Tensor:
         """Run the kernel."""
         if self._added is None:
-            return self._weight.run(self._input, grid, self._activation).view(self.shape)
+            y = self._weight.run(self._input, grid, self._activation)
+            # A view of a batch of one would not count as channels-last any more.
+            return y if y.shape == self.shape else y.view(self.shape)
         if grid is not None and self._added.grid is not None:
             added = self._added.codes(self._added.grid).clone(memory_format=torch.channels_last)
             return self._weight.run_and_add(self._input, grid, added, self._added.grid, self._activation)
@@ -128,7 +130,12 @@ class Pooled(Source):
     """The largest of each window of a tensor (max-pooling)."""
 
     def __init__(
-        self, source: Source, shape: Sequence[int], size: tuple[int, int], stride: tuple[int, int], pad: tuple[int, int]
+        self,
+        source: Source,
+        shape: tuple[int, ...],
+        size: tuple[int, int],
+        stride: tuple[int, int],
+        pad: tuple[int, int],
     ) -> None:
         super().__init__(shape, source.channels_last, source.makers)
         self._source, self._window = source, (size, stride, pad)
@@ -169,7 +176,7 @@ def _largest(codes: Tensor, size: tuple[int, int], stride: tuple[int, int], pad:
 class Joined(Source):
     """Tensors one after the other along the channels (concatenation)."""
 
-    def __init__(self, sources: Sequence[Source], shape: Sequence[int]) -> None:
+    def __init__(self, sources: Sequence[Source], shape: tuple[int, ...]) -> None:
         super().__init__(shape, sources[0].channels_last, tuple(maker for s in sources for maker in s.makers))
         self._sources = tuple(sources)
 
@@ -186,7 +193,7 @@ class Floats(Source):
     """An ordinary tensor: one that somebody asked for the floats of, and may have changed since."""
 
     def __init__(self, tensor: Tensor, makers: tuple[PackedWeight, ...]) -> None:
-        super().__init__(tensor.shape, False, makers)
+        super().__init__(tuple(tensor.shape), False, makers)
         self.tensor = tensor
 
     def codes(self, grid: CodeGrid) -> Tensor:
@@ -203,6 +210,12 @@ class Floats(Source):
 
     def release(self) -> None:
         """Nothing: the floats may change, so bytes of them are not kept."""
+
+
+def computed(source: Source) -> Tensor:
+    """Return the floats in the memory format in which the simulated layer returns them: user code may call view()."""
+    y = source.values()
+    return y if source.channels_last or y.dim() != 4 else y.contiguous()
 
 
 class Deferred(Tensor):
@@ -230,10 +243,7 @@ class Deferred(Tensor):
             if self.source.grid is not None:
                 for makers in _ROUNDED:
                     makers.update(self.source.makers)
-            y = self.source.values()
-            # Floats leave in the format in which the simulated layer returns them: user code may call view().
-            last = self.source.channels_last or y.dim() != 4
-            self.source = Floats(y if last else y.contiguous(), self.source.makers)
+            self.source = Floats(computed(self.source), self.source.makers)
         return self.source.tensor
 
     @classmethod
@@ -301,9 +311,9 @@ def _put(x: Deferred, source: Source, in_place: bool) -> Deferred:
 
 def _addition(*, in_place: bool = False) -> Callable[..., Tensor | None]:
     def note(x: Any, other: Any, **options: Any) -> Tensor | None:
-        if options or not (isinstance(x, Deferred) and isinstance(other, Deferred)) or x.shape != other.shape:
+        if options or not (isinstance(x, Deferred) and isinstance(other, Deferred)) or x.source is other.source:
             return None
-        if x.source is other.source:
+        if x.source.shape != other.source.shape:
             return None
         # What has its bytes already can only be added to what has not.
         source = x.source.plus(other.source) or other.source.plus(x.source)
@@ -315,15 +325,16 @@ def _addition(*, in_place: bool = False) -> Callable[..., Tensor | None]:
 def _max_pool(
     x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, *options: Any, **others: Any
 ) -> Tensor | None:
-    if x.dim() != 4 or any(options) or any(others.values()) or _two(dilation) != (1, 1):
+    shape = x.source.shape
+    if len(shape) != 4 or any(options) or any(others.values()) or _two(dilation) != (1, 1):
         return None
     size, pad = _two(kernel_size), _two(padding)
     step = _two(stride) if stride else size
-    room = [n + 2 * p - k for n, p, k in zip(x.shape[2:], pad, size, strict=True)]
+    room = [n + 2 * p - k for n, p, k in zip(shape[2:], pad, size, strict=True)]
     if min(room) < 0 or any(2 * p > k for p, k in zip(pad, size, strict=True)):
         return None  # the plain function says what is wrong
-    shape = (*x.shape[:2], *(r // s + 1 for r, s in zip(room, step, strict=True)))
-    return Deferred(Pooled(x.source, shape, size, step, pad))
+    size_after = (r // s + 1 for r, s in zip(room, step, strict=True))
+    return Deferred(Pooled(x.source, (*shape[:2], *size_after), size, step, pad))
 
 
 def _two(value: Any) -> tuple[int, int]:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from lowrank_nn.layers._affine import Grid, unsigned_grid
-from lowrank_nn.layers._deferred import Deferred, Product
+from lowrank_nn.layers._deferred import Deferred, Product, computed
 from lowrank_nn.layers._onednn import CodeGrid, PackedWeight, encode, is_exact, sums_fit
 
 if TYPE_CHECKING:
     from lowrank_nn.layers._integer import IntegerLayer
+
+_MANY = 8  # channels from which on the kernels reorder bytes more slowly than torch does
 
 Stamp = tuple[Tensor, int, int]
 
@@ -38,24 +40,29 @@ class Kernel:
         self._grid = CodeGrid(float(scale), int(zero_point), grid.high)
         self._geometry = layer.geometry()
         self._channels_last = _is_channels_last(codes)
+        self._input_shape: tuple[int, ...] | None = None
         self.weight = PackedWeight(codes.detach(), weight_scale.detach(), layer.bias, self._grid, self._geometry)
 
     def __call__(self, layer: IntegerLayer, x: Tensor) -> Tensor:
         """Compute ``layer`` on ``x``, or return a tensor that can be computed, where the layer is ``chained``."""
-        if self._geometry is not None and x.dim() == 3:
-            return self(layer, x.unsqueeze(0)).squeeze(0)
         if isinstance(x, Deferred):
-            codes, channels_last = x.source.codes(self._grid), x.source.channels_last
+            source = x.source
+            codes, input_shape, channels_last = source.codes(self._grid), source.shape, source.channels_last
+        elif self._geometry is not None and x.dim() == 3:
+            return self(layer, x.unsqueeze(0)).squeeze(0)
         else:
-            codes, channels_last = encode(x, self._grid), _is_channels_last(x)
-        shape = layer.output_shape(tuple(x.shape))
+            codes, input_shape, channels_last = encode(x, self._grid), tuple(x.shape), _is_channels_last(x)
         if self._geometry is None:
             codes = codes.reshape(-1, codes.shape[-1])
-        elif not codes.is_contiguous(memory_format=torch.channels_last):
-            codes = codes.contiguous(memory_format=torch.channels_last)  # faster than in the kernel
-        product = Deferred(Product(self.weight, codes, shape, channels_last or self._channels_last))
+        elif codes.shape[1] >= _MANY and not codes.is_contiguous(memory_format=torch.channels_last):
+            codes = codes.contiguous(memory_format=torch.channels_last)
+        if input_shape != self._input_shape:
+            self._input_shape, self._output_shape = input_shape, layer.output_shape(input_shape)
+        product = Product(self.weight, codes, self._output_shape, channels_last or self._channels_last)
         # Who looks at function calls expects to see the layer's result.
-        return product if layer.chained and not torch._C._len_torch_function_stack() else product.plain()
+        if layer.chained and not torch._C._len_torch_function_stack():
+            return Deferred(product)
+        return computed(product)
 
 
 _KERNELS: weakref.WeakKeyDictionary[IntegerLayer, tuple[list[Stamp], Kernel | None]] = weakref.WeakKeyDictionary()
@@ -73,7 +80,9 @@ def kernel_for(layer: IntegerLayer, x: Tensor) -> Kernel | None:
     exporters, dispatch modes), in other dtypes than float32, on other devices than the CPU, and where :func:`obstacle`
     says why.
     """
-    if layer.training or layer.activation_bits is None or not _is_eager(x) or _wants_gradient(layer, x):
+    if layer.training or layer.activation_bits is None or not _is_eager(x):
+        return None
+    if torch.is_grad_enabled() and _has_gradient(layer, x):
         return None
     return _known_kernel(layer)
 
@@ -127,10 +136,12 @@ def _stamps(layer: IntegerLayer) -> list[Stamp]:
 def _is_current(layer: IntegerLayer, stamps: list[Stamp]) -> bool:
     """Whether the layer has the same tensors as then, unchanged."""
     tensors = _own_tensors(layer)
-    return len(tensors) == len(stamps) and all(
-        tensor is known and tensor._version == version and tensor.data_ptr() == place
-        for tensor, (known, version, place) in zip(tensors, stamps, strict=True)
-    )
+    if len(tensors) != len(stamps):
+        return False
+    for tensor, (known, version, place) in zip(tensors, stamps, strict=True):
+        if tensor is not known or tensor._version != version or tensor.data_ptr() != place:
+            return False
+    return True
 
 
 def _is_eager(x: Tensor) -> bool:
@@ -144,9 +155,7 @@ def _is_eager(x: Tensor) -> bool:
     return not torch._C._len_torch_dispatch_stack() and not torch.is_autocast_enabled("cpu")
 
 
-def _wants_gradient(layer: IntegerLayer, x: Tensor) -> bool:
-    if not torch.is_grad_enabled():
-        return False
+def _has_gradient(layer: IntegerLayer, x: Tensor) -> bool:
     return x.requires_grad or any(p.requires_grad for p in layer._parameters.values() if p is not None)
 
 
