@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lowrank_nn.errors import PlanError
+from lowrank_nn.layers import NarrowMultiheadAttention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,8 @@ def register_attributes(cls: type[nn.Module], update: AttributeUpdate) -> None:
     Args:
         cls: The class; its subclasses are meant too, unless they are registered themselves.
         update: ``update(module, cuts)``, called when the tensors are smaller already, inner modules first. ``cuts``
-            has, by name of a tensor as seen from the module (``"qkv.weight"``) and by dim, a :class:`Cut` with ``size``,
-            ``removed`` and ``kept``. It may set plain attributes of the module.
+            has, by name of a tensor as seen from the module (``"qkv.weight"``) and by dim, a :class:`Cut` with
+            ``size``, ``removed`` and ``kept``. It may set plain attributes of the module.
     """
     _UPDATES[cls] = update
 
@@ -122,7 +123,13 @@ def _prelu(module: nn.PReLU, cuts: Mapping[str, Mapping[int, Cut]]) -> None:
     module.num_parameters = len(module.weight)
 
 
+def _attention(module: nn.MultiheadAttention, cuts: Mapping[str, Mapping[int, Cut]]) -> None:
+    if any(name.endswith("proj_weight") for name in cuts) or 1 in cuts.get("out_proj.weight", {}):
+        NarrowMultiheadAttention.narrow_(module)
+
+
 for _cls, _update in (
+    (nn.MultiheadAttention, _attention),
     (_ConvNd, _convolution),
     (nn.Linear, _linear),
     (nn.Bilinear, _bilinear),

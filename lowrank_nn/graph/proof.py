@@ -145,6 +145,9 @@ class _Trial:
             torch.backends.mha.set_fastpath_enabled(False)
             _prepare(self._seed)
             self._model.train()
+            for module in self._model.modules():
+                if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+                    module.dropout = 0.0  # drawn inside one function
             for parameter in self._model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
             outputs = list(tensors(call_model(self._model, inputs)))

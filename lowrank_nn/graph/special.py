@@ -31,4 +31,4 @@ def _is_altered(layer: nn.Module) -> bool:
     if not isinstance(layer, nn.TransformerEncoderLayer):
         return False
     parts = (layer.linear1, layer.linear2, layer.self_attn.out_proj, layer.norm1, layer.norm2)
-    return any(type(part) not in PLAIN for part in parts)
+    return any(type(part) not in PLAIN for part in parts) or type(layer.self_attn) is not nn.MultiheadAttention

@@ -13,6 +13,7 @@ from lowrank_nn.errors import LowRankError, PlanError, UnsupportedLayerError
 from lowrank_nn.graph.attributes import Cut, update_attributes
 from lowrank_nn.graph.groups import ChannelGroup
 from lowrank_nn.graph.heads import update_heads
+from lowrank_nn.graph.special import release_fast_path
 from lowrank_nn.layers import CompressedLayer
 
 Cuts = dict[str, dict[int, Cut]]
@@ -61,10 +62,12 @@ def remove_units(model: nn.Module, removals: Sequence[Removal]) -> Callable[[], 
             _set_data(tensors[name], cut_tensor(tensors[name].data, dims))
         for module, _, _ in by_module:
             undo.callback(vars(module).update, dict(vars(module)))
+            undo.callback(setattr, module, "__class__", type(module))
         for removal in removals:
             update_heads(model, removal.group, removal.units)
         for module, path, own in by_module:
             _update(module, path, own)
+        release_fast_path(model)
     except BaseException:
         undo.close()
         raise

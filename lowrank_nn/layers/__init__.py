@@ -21,12 +21,14 @@ from lowrank_nn.layers._shapes import CompressedConv2d as CompressedConv2d
 from lowrank_nn.layers._shapes import CompressedLinear as CompressedLinear
 from lowrank_nn.layers._source import Source as Source
 from lowrank_nn.layers._source import read_layer as read_layer
+from lowrank_nn.layers.attention import NarrowMultiheadAttention as NarrowMultiheadAttention
 from lowrank_nn.layers.binary import BinaryConv2d as BinaryConv2d
 from lowrank_nn.layers.binary import BinaryLayer as BinaryLayer
 from lowrank_nn.layers.binary import BinaryLinear as BinaryLinear
 from lowrank_nn.layers.codebook import CodebookConv2d as CodebookConv2d
 from lowrank_nn.layers.codebook import CodebookLinear as CodebookLinear
 from lowrank_nn.layers.cp import CPConv2d as CPConv2d
+from lowrank_nn.layers.fixed_point import FixedPoint as FixedPoint
 from lowrank_nn.layers.hashed import HashedConv2d as HashedConv2d
 from lowrank_nn.layers.hashed import HashedLinear as HashedLinear
 from lowrank_nn.layers.pruned import PrunedConv2d as PrunedConv2d

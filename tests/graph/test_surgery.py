@@ -287,3 +287,26 @@ def test_masked_layers_are_refused():
     model = nn.Sequential(lnn.PrunedLinear(4, 6, sparsity=0.5))
     with pytest.raises(UnsupportedLayerError, match="0: PrunedLinear: channels cannot be removed from a masked"):
         remove_units(model, [Removal(group(("0.kernel", 0, each(6), "out")), (0,))])
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_heads_of_torchs_encoder_layers(fast):
+    layer, _ = seeded(lambda: (nn.TransformerEncoderLayer(12, 3, 16, batch_first=True), None))()
+    qkv = tuple(tuple(part * 12 + head * 4 + i for part in range(3) for i in range(4)) for head in range(3))
+    names = [
+        ("in_proj_weight", 0, qkv, "out"),
+        ("in_proj_bias", 0, qkv, "out"),
+        ("out_proj.weight", 1, each(3, 4), "in"),
+    ]
+    heads = group(*((f"self_attn.{name}", *rest) for name, *rest in names))
+    x = torch.randn(2, 5, 12)
+    with torch.set_grad_enabled(not fast):  # without gradients torch runs the layer in one fused kernel
+        before = layer(x)
+        with masked_units(layer, [Removal(heads, (1,))]):
+            expected = layer(x)
+        undo = remove_units(layer, [Removal(heads, (1,))])
+        assert (layer.self_attn.num_heads, layer.self_attn.embed_dim) == (2, 12)
+        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+        undo()
+        assert type(layer.self_attn) is nn.MultiheadAttention
+        assert torch.equal(layer(x), before)
