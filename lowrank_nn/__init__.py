@@ -29,6 +29,7 @@ from lowrank_nn.layers import CodebookLinear as CodebookLinear
 from lowrank_nn.layers import CompressedLayer as CompressedLayer
 from lowrank_nn.layers import CPConv2d as CPConv2d
 from lowrank_nn.layers import Energy as Energy
+from lowrank_nn.layers import FixedPoint as FixedPoint
 from lowrank_nn.layers import HashedConv2d as HashedConv2d
 from lowrank_nn.layers import HashedLinear as HashedLinear
 from lowrank_nn.layers import LowRankLayer as LowRankLayer
