@@ -83,11 +83,11 @@ def unit_importance(
 
     References:
         Li et al. 2017, "Pruning Filters for Efficient ConvNets" (l1); Liu et al. 2017, "Network Slimming" (bn_scale);
-        He et al. 2019, "Filter Pruning via Geometric Median"; Srinivas and Babu
-        2015, "Data-free Parameter Pruning" (similar); He et al. 2017, "Channel Pruning for Accelerating Very Deep
-        Neural Networks" (lasso); Luo et al. 2017, "ThiNet"; Hassibi and Stork 1993, "Optimal Brain Surgeon" (obs);
-        Hu et al. 2016, "Network Trimming" (apoz); Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning" (taylor); Theis et al. 2018, "Faster gaze
-        prediction with dense networks and Fisher pruning" (obd); Fang et al. 2023, "DepGraph" (scores over whole
+        He et al. 2019, "Filter Pruning via Geometric Median"; Srinivas and Babu 2015, "Data-free Parameter Pruning"
+        (similar); Hu et al. 2016, "Network Trimming" (apoz); He et al. 2017, "Channel Pruning for Accelerating Very
+        Deep Neural Networks" (lasso); Luo et al. 2017, "ThiNet"; Hassibi and Stork 1993, "Optimal Brain Surgeon" (obs);
+        Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning" (taylor); Theis et al. 2018, "Faster
+        gaze prediction with dense networks and Fisher pruning" (obd); Fang et al. 2023, "DepGraph" (scores over whole
         groups, relative to their mean).
     """
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
