@@ -19,6 +19,7 @@ from lowrank_nn.errors import PlanError as PlanError
 from lowrank_nn.errors import RankError as RankError
 from lowrank_nn.errors import TrainingError as TrainingError
 from lowrank_nn.errors import UnsupportedLayerError as UnsupportedLayerError
+from lowrank_nn.graph import chain_quantized as chain_quantized
 from lowrank_nn.graph import fold_batchnorm as fold_batchnorm
 from lowrank_nn.layers import LAYERS as LAYERS
 from lowrank_nn.layers import VBMF as VBMF

@@ -113,6 +113,8 @@ def obstacle(layer: IntegerLayer) -> str:
     tensors = _own_tensors(layer)
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return "integer kernels are for the CPU"
+    if any(tensor.is_floating_point() and tensor.dtype is not torch.float32 for tensor in tensors):
+        return "integer kernels are for layers in float32"
     if any(tensor.is_inference() for tensor in tensors):
         return "tensors made in inference mode do not show their changes"
     top = unsigned_grid(layer.activation_bits).high

@@ -6,8 +6,12 @@ import re
 from typing import Any
 
 from lowrank_nn.errors import CalibrationError, LowRankError, OptionError
+from lowrank_nn.graph import chain_quantized
 from lowrank_nn.layers import CompressedLayer, QuantConv2d, QuantLinear
+from lowrank_nn.layers._integer import IntegerLayer
+from lowrank_nn.layers._kernel import obstacle
 from lowrank_nn.pipeline.apply import class_for, decide_layer
+from lowrank_nn.pipeline.fastest import slower_layers
 from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning.ranges import collect_input_ranges
@@ -18,17 +22,24 @@ _CLASSES: tuple[type[CompressedLayer], ...] = (QuantConv2d, QuantLinear)
 class Quantize(Step):
     """Quantize the weights of convolutions and linear layers, the factors of low-rank layers included.
 
+    With ``activations`` too, layers run on integer kernels in eval mode where the CPU has exact ones, and hand their
+    outputs on as integers (:func:`lowrank_nn.chain_quantized`); the report says which layers cannot. Fold batch
+    normalisations first (``FoldBatchNorm``): one that stands between layers is computed in floating point.
+
     Args:
         weights: ``"int2"`` to ``"int8"``.
         activations: ``"int2"`` to ``"int8"`` for the inputs of each layer, with ranges measured on the calibration
             batches of ``compress_model``; None leaves activations in floating point.
         scheme: ``"symmetric"`` (one scale per output channel) or ``"affine"`` (one scale and zero point per tensor).
         observer: How a range is chosen from what was measured: ``"minmax"``, ``"percentile"`` or ``"mse"``.
+        keep_fastest: Whether layers stay in floating point that are timed and found slower in integers. Costs some
+            seconds, and bytes where layers stay.
         where: Shell patterns on dotted paths of the layers wanted.
         but_not: Shell patterns of the layers to leave as they are.
 
     Raises:
-        OptionError: ``weights`` or ``activations`` is not one of those names.
+        OptionError: ``weights`` or ``activations`` is not one of those names, or ``keep_fastest`` is set without
+            ``activations``.
     """
 
     def __init__(
@@ -38,17 +49,24 @@ class Quantize(Step):
         activations: str | None = None,
         scheme: str = "symmetric",
         observer: str = "minmax",
+        keep_fastest: bool = False,
         where: Patterns = "*",
         but_not: Patterns = (),
     ) -> None:
         self.bits = _bits("weights", weights)
         self.activation_bits = None if activations is None else _bits("activations", activations)
-        self.scheme, self.observer = scheme, observer
+        if keep_fastest and activations is None:
+            raise OptionError(
+                "Quantize: keep_fastest=True has no effect without activations: layers of which only the weights are "
+                "integers never run faster. Pass activations='int8' as well."
+            )
+        self.scheme, self.observer, self.keep_fastest = scheme, observer, keep_fastest
         self.where, self.but_not = where, but_not
 
     def __repr__(self) -> str:
         activations = "" if self.activation_bits is None else f", activations='int{self.activation_bits}'"
-        return f"Quantize('int{self.bits}'{activations}, scheme={self.scheme!r})"
+        fastest = ", keep_fastest=True" if self.keep_fastest else ""
+        return f"Quantize('int{self.bits}'{activations}, scheme={self.scheme!r}{fastest})"
 
     def decide(self, state: State) -> list[Decision]:
         """Decide for each matching layer.
@@ -70,7 +88,22 @@ class Quantize(Step):
             cls = fitting[site.path]
             assert cls is not None
             decisions.append(decide_layer(state, site, cls, options, self._stand_ins()))
-        return decisions
+        if not self.keep_fastest:
+            return decisions
+        slower = slower_layers(state, decisions, self._stand_ins())
+        return [Decision(d.path, None, note=slower[d.path]) if d.path in slower else d for d in decisions]
+
+    def execute(self, state: State, decisions: list[Decision]) -> None:
+        """Replace the layers as decided, and let them hand integers to each other."""
+        super().execute(state, decisions)
+        if self.activation_bits is None or state.dry:
+            return
+        chain_quantized(state.model, state.example_inputs)
+        for decision in decisions:
+            layer = state.model.get_submodule(decision.path)
+            reason = obstacle(layer) if isinstance(layer, IntegerLayer) else ""
+            if reason:
+                state.remark(decision.path, f"Quantize: simulated in floating point: {reason}")
 
     def measure(self, state: State, decisions: list[Decision]) -> dict[str, dict[str, Any]]:
         """Return the input range of each layer to be quantized, measured on the calibration batches."""
