@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_nn.graph import replace_module
+from lowrank_nn.graph import chain_quantized, replace_module
 from lowrank_nn.graph.derive import derive_recording
 from lowrank_nn.graph.preserve import untouched_process
 from lowrank_nn.graph.stand_in import stand_in
@@ -22,6 +22,8 @@ from lowrank_nn.planning import present_layers
 
 logger = logging.getLogger(__name__)
 
+_CLEARLY = 0.98  # of the other time: less is within the error of the measurement
+
 Timer = Callable[[Sequence[tuple[nn.Module, Iterable[str]]], Any], list[Profile]]
 
 
@@ -30,9 +32,11 @@ def slower_layers(
 ) -> dict[str, str]:
     """Return, by path, why layers had better stay in floating point: they were timed and found slower in integers.
 
-    Two stand-ins with random weights are timed in turn: the model as it is, and with everything quantized that is to
-    be. The factors of one layer hand integers to each other and are judged as a whole; layers take and return floats,
-    as they have to beside a layer that stays. The timings are kept for later dry runs of the same layers.
+    Stand-ins with random weights are timed in turn: the model as it is, and with everything quantized that is to be.
+    The factors of one layer hand integers to each other and are judged as a whole; layers take and return floats, as
+    they have to beside a layer that stays. Then the model without the slower ones is timed beside one in which all
+    layers are quantized, and may hand integers to each other, and beside the model as it is: the fastest is kept. What
+    was found is kept for later dry runs of the same layers.
 
     Args:
         state: The dry run.
@@ -45,37 +49,51 @@ def slower_layers(
     paths = list(dict.fromkeys(outer.values()))
     key = ("fastest", *(repr(state.model.get_submodule(path)) for path in paths), *map(repr, replaced))
     if key not in state.cache:
-        state.cache[key] = _time(state, replaced, stand_ins, paths, timer)
-    before, after = state.cache[key]
-    return {
-        path: f"slower in integers: {after[layer]:.3f} ms, in floating point {before[layer]:.3f} ms"
-        for path, layer in outer.items()
-        if after[layer] >= before[layer]
-    }
+        with untouched_process():
+            torch.manual_seed(state.seed)
+            models = _stand_ins(state, replaced, stand_ins)
+            state.cache[key] = _slower(models, paths, state.example_inputs, timer)
+    found = state.cache[key]
+    return {path: found[layer] for path, layer in outer.items() if layer in found}
 
 
-def _time(
-    state: State, replaced: Sequence[Decision], stand_ins: dict[str, Any], paths: Sequence[str], timer: Timer
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the milliseconds that the layers at ``paths`` take per forward, as they are and in integers."""
+def _stand_ins(state: State, replaced: Sequence[Decision], stand_ins: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+    """Return the model as it is and with everything quantized, on the device and with random weights."""
     quantized = copy.deepcopy(state.model)
     for decision in replaced:
         layer = build(decision, quantized.get_submodule(decision.path), stand_ins)
         quantized = replace_module(quantized, decision.path, layer)
     recordings = state.recording(), derive_recording(state.original, quantized)
-    with untouched_process():
-        torch.manual_seed(state.seed)
-        models = [stand_in(state.dense, present_layers(recording)) for recording in recordings]
-        for path in paths:
-            _chain_stages(models[1].get_submodule(path))
-        profiles = timer([(model, paths) for model in models], state.example_inputs)
+    before, after = (stand_in(state.dense, present_layers(recording)) for recording in recordings)
+    return before.eval(), after.eval()
+
+
+def _slower(
+    models: tuple[nn.Module, nn.Module], paths: Sequence[str], example_inputs: Any, timer: Timer
+) -> dict[str, str]:
+    """Return which of the layers at ``paths`` to leave as they are in the first model, and why."""
+    for path in paths:
+        _chain_stages(models[1].get_submodule(path))
+    profiles = timer([(model, paths) for model in models], example_inputs)
     before, after = ({path: sum(profile.calls.get(path, ())) for path in paths} for profile in profiles)
-    logger.info("quantized layers timed: %.3f ms in floating point, %.3f in integers", *map(_total, (before, after)))
-    return before, after
-
-
-def _total(times: dict[str, float]) -> float:
-    return sum(times.values())
+    slower = [path for path in paths if after[path] >= before[path]]
+    mixed = copy.deepcopy(models[1])
+    for path in slower:
+        mixed = replace_module(mixed, path, models[0].get_submodule(path))
+    for model in (mixed, models[1]):
+        chain_quantized(model, example_inputs)
+    float_time, mixed_time, integer_time = (
+        profile.total for profile in timer([(model, ()) for model in (models[0], mixed, models[1])], example_inputs)
+    )
+    logger.info("in floating point %.3f ms, mixed %.3f ms, in integers %.3f ms", float_time, mixed_time, integer_time)
+    if integer_time < _CLEARLY * min(mixed_time, float_time):
+        return {}
+    if float_time < _CLEARLY * mixed_time:
+        text = f"the whole model is slower in integers: {mixed_time:.3f} ms, in floating point {float_time:.3f} ms"
+        return dict.fromkeys(paths, text)
+    return {
+        path: f"slower in integers: {after[path]:.3f} ms, in floating point {before[path]:.3f} ms" for path in slower
+    }
 
 
 def _outer_path(state: State, path: str) -> str:

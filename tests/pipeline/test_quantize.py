@@ -35,11 +35,16 @@ def net():
         return Net().eval(), torch.randn(2, 3, 8, 8)
 
 
-def slow(*prefixes):
-    """A timer by which quantized layers at these paths take three times as long, and others half as long."""
+def slow(*prefixes, whole=(1.0, 1.0, 1.0)):
+    """A timer by which quantized layers at these paths take three times as long, and others half as long.
+
+    Whole models, in floating point, mixed and in integers, take ``whole``.
+    """
 
     def timer(models, example_inputs):
         timed.append([sorted(paths) for _, paths in models])
+        if len(models) == 3:
+            return [Profile(time, {}) for time in whole]
         return [Profile(1.0, {path: [time_of(model, path)] for path in paths}) for model, paths in models]
 
     def time_of(model, path):
@@ -65,7 +70,7 @@ def test_layers_slower_in_integers_stay_and_the_report_says_so(net, monkeypatch)
     assert [type(layer) for layer in result.model.children()] == [lnn.QuantConv2d, nn.Conv2d, lnn.QuantLinear]
     expected = "Quantize: slower in integers: 3.000 ms, in floating point 1.000 ms"
     assert reasons(report, "narrow") == reasons(result.report, "narrow") == [expected]
-    assert timer.timed == 2 * [[["fc", "narrow", "wide"]] * 2]
+    assert timer.timed == 2 * [[["fc", "narrow", "wide"]] * 2, [[]] * 3]
 
 
 def test_factorised_layers_are_judged_as_a_whole_and_timed_once(net, monkeypatch):
@@ -76,7 +81,28 @@ def test_factorised_layers_are_judged_as_a_whole_and_timed_once(net, monkeypatch
     result = lnn.compress_model(model, x, recipe, calibration=[x], progress=False)
     assert [type(part) for part in result.model.narrow.children()] == 3 * [nn.Conv2d]
     assert {type(part) for part in result.model.wide.children()} <= {lnn.QuantConv2d}
-    assert len(timer.timed) == 1
+    assert len(timer.timed) == 2
+
+
+@pytest.mark.parametrize(
+    ("whole", "stay", "why"),
+    [
+        ((1.0, 0.9, 0.8), set(), ""),
+        (
+            (0.5, 0.9, 0.8),
+            {"wide", "narrow", "fc"},
+            "the whole model is slower in integers: 0.900 ms, in floating point",
+        ),
+        ((1.0, 0.8, 0.9), {"narrow"}, "slower in integers: 3.000 ms"),
+    ],
+)
+def test_the_fastest_whole_is_kept(net, monkeypatch, whole, stay, why):
+    model, x = net
+    monkeypatch.setattr(fastest.slower_layers, "__kwdefaults__", {"timer": slow("narrow", whole=whole)})
+    report = lnn.plan(model, x, STEP, calibration=[x], progress=False)
+    notes = {path: reason for reason, paths in report.left.items() for path in paths}
+    assert set(notes) == stay
+    assert all(reason.startswith(f"Quantize: {why}") for reason in notes.values())
 
 
 def test_stand_ins_are_timed_and_nothing_is_drawn_from_the_users_generator(net):
@@ -86,7 +112,7 @@ def test_stand_ins_are_timed_and_nothing_is_drawn_from_the_users_generator(net):
 
     def timer(models, example_inputs):
         with torch.no_grad():
-            after.extend(kernels.kernel_for(m.wide, example_inputs) for m, _ in models[1:])
+            after.extend(kernels.kernel_for(m.wide, example_inputs) for m, _ in models[1:] if len(models) == 2)
         return [Profile(1.0, {path: [1.0] for path in paths}) for _, paths in models]
 
     dry = dataclasses.replace(state, model=meta_copy(model), dry=True)
