@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ class Cut:
         gone = set(self.removed)
         return [position for position in range(self.size) if position not in gone]
 
+
+MARK = "_resized_attributes"
+"""Where a module that lost channels keeps the names of the attributes that changed: a saved file needs them."""
 
 AttributeUpdate = Callable[[Any, Mapping[str, Mapping[int, Cut]]], None]
 """``update(module, cuts)``: ``cuts`` maps names of tensors inside the module, and dims, to what was removed there."""
@@ -66,6 +69,17 @@ def update_attributes(module: nn.Module, cuts: Mapping[str, Mapping[int, Cut]]) 
         if cls in _UPDATES:
             _UPDATES[cls](module, cuts)
             return
+
+
+def mark_resized(module: nn.Module, names: Iterable[str]) -> None:
+    """Note that ``module`` has lost channels, and which of its attributes say so."""
+    vars(module)[MARK] = tuple(sorted({*names, *vars(module).get(MARK, ())}))
+
+
+def resized_attributes(module: nn.Module) -> dict[str, Any] | None:
+    """Return the attributes that tell the size of a module that lost channels; None for one that did not."""
+    names = vars(module).get(MARK)
+    return None if names is None else {name: vars(module)[name] for name in names if name in vars(module)}
 
 
 def groups_left(groups: int, cut: Cut | None) -> int:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_nn.errors import LowRankError, PlanError, UnsupportedLayerError
-from lowrank_nn.graph.attributes import Cut, update_attributes
+from lowrank_nn.graph.attributes import Cut, mark_resized, update_attributes
 from lowrank_nn.graph.groups import ChannelGroup
 from lowrank_nn.graph.heads import update_heads
+from lowrank_nn.graph.preserve import MODULE_TABLES
 from lowrank_nn.graph.special import release_fast_path
 from lowrank_nn.layers import CompressedLayer
 
@@ -60,13 +62,15 @@ def remove_units(model: nn.Module, removals: Sequence[Removal]) -> Callable[[], 
         for name, dims in cuts.items():
             undo.callback(_set_data, tensors[name], tensors[name].data)
             _set_data(tensors[name], cut_tensor(tensors[name].data, dims))
-        for module, _, _ in by_module:
-            undo.callback(vars(module).update, dict(vars(module)))
+        before = {module: dict(vars(module)) for module, _, _ in by_module}
+        for module, attributes in before.items():
+            undo.callback(_restore_attributes, module, attributes)
             undo.callback(setattr, module, "__class__", type(module))
         for removal in removals:
             update_heads(model, removal.group, removal.units)
         for module, path, own in by_module:
             _update(module, path, own)
+            _note_changes(module, before[module], own)
         release_fast_path(model)
     except BaseException:
         undo.close()
@@ -159,6 +163,23 @@ def _update(module: nn.Module, path: str, cuts: Cuts) -> None:
         type(module).empty(device="meta", dtype=None, **module.config())  # raises where no such layer can be built
     except LowRankError as error:
         raise error.at(path) from error
+
+
+def _note_changes(module: nn.Module, before: dict[str, Any], cuts: Cuts) -> None:
+    """Mark a module that holds cut tensors itself, or whose attributes changed, as a smaller one."""
+    changed = [name for name, value in before.items() if vars(module)[name] is not value and name not in MODULE_TABLES]
+    changed = [name for name in changed if vars(module)[name] != before[name]]
+    if changed or any("." not in name for name in cuts):
+        mark_resized(module, changed)
+    # No file holds a buffer that is not persistent, and no fresh model has it in this size.
+    hidden = module._non_persistent_buffers_set
+    module._non_persistent_buffers_set = hidden - cuts.keys()
+
+
+def _restore_attributes(module: nn.Module, attributes: dict[str, Any]) -> None:
+    for name in vars(module).keys() - attributes.keys():
+        del vars(module)[name]
+    vars(module).update(attributes)
 
 
 def _set_data(tensor: Tensor, data: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lowrank_nn.errors import PlanError
+from lowrank_nn.graph.attributes import MARK, mark_resized
 from lowrank_nn.graph.sites import describe_paths
 from lowrank_nn.graph.special import release_fast_path
 
@@ -23,7 +24,7 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
     """Put ``new`` in the place of the module at ``path``, wherever the model holds that module.
 
     Forward and backward hooks move from the old module to the new one (their handles keep working), and the new one
-    takes its train / eval mode.
+    takes its train / eval mode and the note that channels were removed.
 
     Args:
         model: Changed in place.
@@ -47,6 +48,8 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
             if child is old:
                 parent._modules[name] = new
     new.train(old.training)
+    if MARK in vars(old):
+        mark_resized(new, vars(old)[MARK])
     _move_hooks(old, new)
     root = new if old is model else model
     release_fast_path(root)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank_nn.graph import replace_module
 from lowrank_nn.layers import LAYERS, CompressedLayer
 from lowrank_nn.storage._folds import fold_again, folds_norms
+from lowrank_nn.storage._resized import resize_again
 from lowrank_nn.storage._structure import LayerEntry, Structure
 
 CPU = torch.device("cpu")
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 def rebuild_layers(
     model: nn.Module, structure: Structure, *, fill: bool
 ) -> tuple[nn.Module, dict[str, str], frozenset[str]]:
-    """Put the layers of a file into ``model``, in order, with values not yet loaded, and fold the norms that it folds.
+    """Put the layers of a file into ``model``, with values not yet loaded, cut its layers to size and fold its norms.
 
     Args:
         model: Changed in place.
@@ -31,7 +32,7 @@ def rebuild_layers(
         The root, which is another object where the model itself was replaced; for every layer that does not fit, by
         path, why; and the paths where a layer was replaced. The layers inside one that does not fit are skipped.
     """
-    problems: dict[str, str] = {}
+    problems = resize_again(model, structure.resized, structure.shapes())
     replaced: set[str] = set()
     folds = folds_norms(model, structure.identities)
     for entry in structure.layers:

@@ -16,6 +16,7 @@ from lowrank_nn.storage._container import INDEX, digest, make_file, write_file
 from lowrank_nn.storage._encoding import DTYPES, Encoding, unstorable
 from lowrank_nn.storage._folds import identity_paths
 from lowrank_nn.storage._payload import encode
+from lowrank_nn.storage._resized import describe_resized
 from lowrank_nn.storage._structure import StoredTensor, Structure, describe_layers, packings, state_tensors
 
 Coding = Literal["auto", "max", "huffman", "none"]
@@ -117,7 +118,7 @@ def _drafted(model: nn.Module, coding: Coding) -> list[Bytes]:
             gathered.append(payload)
     # Wide items first, so that every entry starts at a multiple of its item size.
     order = sorted(listed, key=lambda key: (-DTYPES[listed[key][0][0]].itemsize, key))
-    structure = Structure(layers, tied, stored, identity_paths(model))
+    structure = Structure(layers, tied, stored, identity_paths(model), describe_resized(model))
     return make_file(structure.to_json(), {key: listed[key] for key in order}, gathered)
 
 

@@ -15,6 +15,7 @@ from lowrank_nn.layers import LAYERS, CompressedLayer, Packing
 from lowrank_nn.storage._coders import CODERS
 from lowrank_nn.storage._container import Entry, entry_bytes, is_shape
 from lowrank_nn.storage._encoding import DTYPES, Encoding, is_integer, unstorable
+from lowrank_nn.storage._resized import Attributes, read_attributes
 
 _FIELDS = frozenset({"dtype", "shape", "bytes", "bits", "offset", "bitmap", "mask", "gaps", "coder", "checksum"})
 
@@ -80,16 +81,22 @@ class Structure:
         tied: For each state-dict key that shares its tensor with an earlier one, that earlier key.
         tensors: How each tensor is stored, by state-dict key.
         identities: Paths of its identities, where batch norms may have been folded away.
+        resized: By path of a layer that lost channels, the attributes that tell its size.
     """
 
     layers: tuple[LayerEntry, ...]
     tied: dict[str, str]
     tensors: dict[str, StoredTensor]
     identities: tuple[str, ...] = ()
+    resized: dict[str, Attributes] = dataclasses.field(default_factory=dict)
 
     def keys(self) -> dict[str, str]:
         """Return for every state-dict key the one under which its tensor is stored."""
         return {key: key for key in self.tensors} | self.tied
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the tensor of every state-dict key."""
+        return {key: self.tensors[first].encoding.shape for key, first in self.keys().items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return the structure as JSON-able values."""
@@ -97,6 +104,7 @@ class Structure:
         return {
             "layers": [layer.to_json() for layer in self.layers],
             **identities,
+            **({"resized": self.resized} if self.resized else {}),
             "tied": self.tied,
             "tensors": {key: tensor.to_json() for key, tensor in self.tensors.items()},
         }
@@ -185,6 +193,7 @@ def read_structure(value: Any, stored_as: Mapping[str, Entry]) -> Structure:
     try:
         layers = tuple(_read_layer(entry) for entry in _typed(value["layers"], list))
         identities = tuple(_typed(path, str) for path in _typed(value.get("identities", []), list))
+        resized = {_typed(k, str): read_attributes(v) for k, v in _typed(value.get("resized", {}), dict).items()}
         tied = {_typed(k, str): _typed(v, str) for k, v in _typed(value["tied"], dict).items()}
         tensors = _typed(value["tensors"], dict)
         if not stored_as.keys() <= tensors.keys() >= set(tied.values()) or tied.keys() & tensors:
@@ -196,7 +205,7 @@ def read_structure(value: Any, stored_as: Mapping[str, Entry]) -> Structure:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"the structure in the header is malformed ({error}).") from error
-    return Structure(layers, tied, read, identities)
+    return Structure(layers, tied, read, identities, resized)
 
 
 def _unwritable(layer: CompressedLayer) -> str | None:
