@@ -11,37 +11,33 @@ import torch
 from torch import nn
 
 from lowrank_nn.graph import chain_quantized, replace_module
-from lowrank_nn.graph.derive import derive_recording
 from lowrank_nn.graph.preserve import untouched_process
-from lowrank_nn.graph.stand_in import stand_in
+from lowrank_nn.graph.stand_in import with_numbers
 from lowrank_nn.graph.timing import Profile, time_in_place
 from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.pipeline.state import Decision, State, build
-from lowrank_nn.planning import present_layers
 
 logger = logging.getLogger(__name__)
 
 _CLEARLY = 0.98  # of the other time: less is within the error of the measurement
+_AFTER_RELU = (0.0, 4.0)
 
 Timer = Callable[[Sequence[tuple[nn.Module, Iterable[str]]], Any], list[Profile]]
 
 
-def slower_layers(
-    state: State, decisions: Sequence[Decision], stand_ins: dict[str, Any], *, timer: Timer = time_in_place
-) -> dict[str, str]:
+def slower_layers(state: State, decisions: Sequence[Decision], *, timer: Timer = time_in_place) -> dict[str, str]:
     """Return, by path, why layers had better stay in floating point: they were timed and found slower in integers.
 
-    Stand-ins with random weights are timed in turn: the model as it is, and with everything quantized that is to be.
-    The factors of one layer hand integers to each other and are judged as a whole; layers take and return floats, as
-    they have to beside a layer that stays. Then the model without the slower ones is timed beside one in which all
-    layers are quantized, and may hand integers to each other, and beside the model as it is: the fastest is kept. What
-    was found is kept for later dry runs of the same layers.
+    Stand-ins are timed in turn: the model as it is, and with everything quantized that is to be. The factors of one
+    layer hand integers to each other and are judged as a whole; layers take and return floats, as they have to beside
+    a layer that stays. Then the model without the slower ones is timed beside one in which all layers are quantized,
+    and may hand integers to each other, and beside the model as it is: the fastest is kept. What was found is kept for
+    later dry runs of the same layers.
 
     Args:
         state: The dry run.
         decisions: What the step would do.
-        stand_ins: Options for building layers now whose ranges will be measured later.
         timer: Times models with the layers at some paths; another one in tests.
     """
     replaced = [decision for decision in decisions if decision.layer_class is not None]
@@ -51,21 +47,19 @@ def slower_layers(
     if key not in state.cache:
         with untouched_process():
             torch.manual_seed(state.seed)
-            models = _stand_ins(state, replaced, stand_ins)
-            state.cache[key] = _slower(models, paths, state.example_inputs, timer)
+            state.cache[key] = _slower(_stand_ins(state, replaced), paths, state.example_inputs, timer)
     found = state.cache[key]
     return {path: found[layer] for path, layer in outer.items() if layer in found}
 
 
-def _stand_ins(state: State, replaced: Sequence[Decision], stand_ins: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
-    """Return the model as it is and with everything quantized, on the device and with random weights."""
-    quantized = copy.deepcopy(state.model)
+def _stand_ins(state: State, replaced: Sequence[Decision]) -> tuple[nn.Module, nn.Module]:
+    """Return the model as it is and with everything quantized, with numbers that take as long as the right ones."""
+    before = with_numbers(state.model, state.dense).eval()
+    after = copy.deepcopy(before)
     for decision in replaced:
-        layer = build(decision, quantized.get_submodule(decision.path), stand_ins)
-        quantized = replace_module(quantized, decision.path, layer)
-    recordings = state.recording(), derive_recording(state.original, quantized)
-    before, after = (stand_in(state.dense, present_layers(recording)) for recording in recordings)
-    return before.eval(), after.eval()
+        layer = build(decision, after.get_submodule(decision.path), {"input_range": _AFTER_RELU})
+        after = replace_module(after, decision.path, layer)
+    return before, after
 
 
 def _slower(

@@ -90,7 +90,7 @@ class Quantize(Step):
             decisions.append(decide_layer(state, site, cls, options, self._stand_ins()))
         if not self.keep_fastest:
             return decisions
-        slower = slower_layers(state, decisions, self._stand_ins())
+        slower = slower_layers(state, decisions)
         return [Decision(d.path, None, note=slower[d.path]) if d.path in slower else d for d in decisions]
 
     def execute(self, state: State, decisions: list[Decision]) -> None:

@@ -1,6 +1,7 @@
 """Quantize: what the report says of the kernels, and layers that stay because they are faster in floating point."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 import lowrank_nn as lnn
 from lowrank_nn.graph import record
 from lowrank_nn.graph.derive import meta_copy
-from lowrank_nn.graph.timing import Profile
+from lowrank_nn.graph.timing import Profile, time_in_place
 from lowrank_nn.layers import _kernel as kernels
 from lowrank_nn.layers._onednn import is_exact
 from lowrank_nn.pipeline import fastest
@@ -117,7 +118,7 @@ def test_stand_ins_are_timed_and_nothing_is_drawn_from_the_users_generator(net):
 
     dry = dataclasses.replace(state, model=meta_copy(model), dry=True)
     decisions = lnn.Quantize("int8", activations="int8").decide(dry)
-    notes = fastest.slower_layers(dry, decisions, {"input_range": (0.0, 1.0)}, timer=timer)
+    notes = fastest.slower_layers(dry, decisions, timer=timer)
     assert set(notes) == {"wide", "narrow", "fc"}  # as fast is not faster
     assert torch.equal(torch.get_rng_state(), before)
     if is_exact(255, 127):
@@ -125,8 +126,10 @@ def test_stand_ins_are_timed_and_nothing_is_drawn_from_the_users_generator(net):
 
 
 @needs_kernels
-def test_the_timing_itself(net):
+def test_the_timing_itself(net, monkeypatch):
     model, x = net
+    timer = functools.partial(time_in_place, seconds=0.1)
+    monkeypatch.setattr(fastest.slower_layers, "__kwdefaults__", {"timer": timer})
     result = lnn.compress_model(model, x, STEP, calibration=[x], progress=False)
     left = [path for reason, paths in result.report.left.items() for path in paths if "slower in integers" in reason]
     kept = [path for path, layer in result.model.named_children() if not isinstance(layer, lnn.QuantConv2d)]
