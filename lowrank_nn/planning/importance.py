@@ -24,6 +24,8 @@ UnitCriterion = Callable[[nn.Module, ChannelGroup], Tensor]
 FROM_WEIGHTS = ("l1", "l2", "bn_scale", "geometric_median", "similar", "random")
 FROM_INPUTS = ("activation", "apoz")
 FROM_LOSS = ("taylor", "obd")
+ADDITIVE = (*MOMENT_CRITERIA, *FROM_LOSS)
+"""Criteria that estimate what is lost with a unit, in one unit for all groups: it can be set against what is saved."""
 UNIT_CRITERIA = (*FROM_WEIGHTS, *FROM_INPUTS, *MOMENT_CRITERIA, *FROM_LOSS)
 
 
