@@ -35,6 +35,8 @@ def from_moments(
 ) -> Callable[[ChannelGroup], Tensor | None]:
     """Collect the metrics of all readers, and return what scores a group by them.
 
+    A group of which some reader is neither an ``nn.Conv2d`` nor an ``nn.Linear`` that is called gets no scores.
+
     Args:
         model: The model; left as it was.
         groups: Groups of this model.
@@ -63,7 +65,9 @@ def from_moments(
             for path, layer, member in readers_of(model, group)
             if path in metrics
         ]
-        return MOMENT_CRITERIA[criterion](found).cpu() if found else None
+        # A reader that was not looked at, such as a transposed convolution, may need what the others do not.
+        every = sum(member.role == "in" for member in group.members)
+        return MOMENT_CRITERIA[criterion](found).cpu() if found and len(found) == every else None
 
     return score
 

@@ -102,6 +102,17 @@ def test_readers_are_plain_layers_with_units_in_their_columns():
     assert from_moments(model, [nothing], "obs", [X], corrected=True, seed=0, progress=False)(nothing) is None
 
 
+def test_a_group_with_a_reader_of_another_kind_has_no_scores():
+    model = nn.ModuleDict({"up": nn.ConvTranspose2d(6, 2, 2), **{str(i): layer for i, layer in enumerate(net())}})
+    model.forward = lambda x: model["2"](x := model["0"](x)).sum() + model["up"](x).sum()
+    model.double()
+    (first, _) = groups()
+    both = ChannelGroup("0", 6, (*first.members, Member("up.weight", 0, first.members[0].positions, "in")))
+    score = from_moments(model, [both], "thinet", [X], corrected=True, seed=0, progress=False)
+    assert score(first) is not None
+    assert score(both) is None
+
+
 def test_needs_calibration_and_takes_a_single_tensor():
     with pytest.raises(CalibrationError, match="calibration=batches"):
         from_moments(net(), groups(), "obs", None, corrected=True, seed=0, progress=False)
