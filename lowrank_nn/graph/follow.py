@@ -41,7 +41,7 @@ LOOKS = frozenset(
         *_of_tensors(_PROPERTIES),
         *_of_tensors(_METHODS),
         *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_same_size, torch.is_signed),
-        *(torch.result_type, torch.is_neg, torch.is_conj, torch.is_inference),
+        *(torch.result_type, torch.is_neg, torch.is_conj, torch.is_inference, torch._assert),
     }
 )
 """Functions that look at a tensor's form, not at its values (or that print it)."""
@@ -259,7 +259,8 @@ def _inside(function: Any) -> Callable[..., Any] | None:
     """Return a function of torch that is written in Python, without the check that would call the mode again."""
     if not isinstance(function, types.FunctionType) or not function.__module__.startswith("torch"):
         return None
-    checks = [name for name in function.__code__.co_names if name.startswith("has_torch_function")]
+    checks = [name for name in function.__globals__ if name.startswith("has_torch_function")]
+    checks = [name for name in function.__code__.co_names if name in checks]
     if not checks:
         return None
     space = {**function.__globals__, **dict.fromkeys(checks, lambda *_: False)}

@@ -8,6 +8,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+HEADS = {"num_heads", "n_heads", "heads"}
+"""Attributes that count the heads of an attention module."""
+
 
 def doomed(removals):
     """By name of a tensor and dim, the positions that go; ``removals`` are pairs of a group and unit numbers."""
@@ -45,6 +48,10 @@ def removed(model, removals):
         tensors[name].data = tensor.index_select(dim, kept)
     for path, module in model.named_modules():
         _fit_attributes(module, groups[path])
+        for name in HEADS & vars(module).keys():
+            count = getattr(module, name)
+            inside = [units for group, units in removals if group.name.startswith(path) and group.size == count]
+            setattr(module, name, count - len(inside[0]) if inside else count)
     return model
 
 
