@@ -31,33 +31,41 @@ class Kernel:
         layer: The layer; :func:`obstacle` has nothing to say of it.
 
     Attributes:
+        grid: Grid of the inputs.
         weight: The packed weight.
     """
 
     def __init__(self, layer: IntegerLayer) -> None:
         scale, zero_point, grid = layer._input_grid("forward")
         codes, weight_scale, _ = layer.integer_weight()
-        self._grid = CodeGrid(float(scale), int(zero_point), grid.high)
+        self.grid = CodeGrid(float(scale), int(zero_point), grid.high)
         self._geometry = layer.geometry()
         self._channels_last = _is_channels_last(codes)
         self._input_shape: tuple[int, ...] | None = None
-        self.weight = PackedWeight(codes.detach(), weight_scale.detach(), layer.bias, self._grid, self._geometry)
+        self.weight = PackedWeight(codes.detach(), weight_scale.detach(), layer.bias, self.grid, self._geometry)
 
     def __call__(self, layer: IntegerLayer, x: Tensor) -> Tensor:
         """Compute ``layer`` on ``x``, or return a tensor that can be computed, where the layer is ``chained``."""
-        if isinstance(x, Deferred):
-            source = x.source
-            codes, input_shape, channels_last = source.codes(self._grid), source.shape, source.channels_last
-        elif self._geometry is not None and x.dim() == 3:
+        if self._geometry is not None and type(x) is not Deferred and x.dim() == 3:
             return self(layer, x.unsqueeze(0)).squeeze(0)
-        else:
-            codes, input_shape, channels_last = encode(x, self._grid), tuple(x.shape), _is_channels_last(x)
+        codes, shape, channels_last = self.codes_of(x)
+        return self.output(layer, codes, shape, channels_last)
+
+    def codes_of(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], bool]:
+        """Return the bytes of a batched input, its shape, and whether it is channels-last."""
+        if isinstance(x, Deferred):
+            return x.source.codes(self.grid), x.source.shape, x.source.channels_last
+        codes, channels_last = encode(x, self.grid), _is_channels_last(x)
+        if self._geometry is not None and codes.shape[1] >= _MANY and not channels_last:
+            codes = codes.contiguous(memory_format=torch.channels_last)
+        return codes, tuple(x.shape), channels_last
+
+    def output(self, layer: IntegerLayer, codes: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
+        """Return what ``layer`` makes of an input's bytes, of an input of ``shape``."""
         if self._geometry is None:
             codes = codes.reshape(-1, codes.shape[-1])
-        elif codes.shape[1] >= _MANY and not codes.is_contiguous(memory_format=torch.channels_last):
-            codes = codes.contiguous(memory_format=torch.channels_last)
-        if input_shape != self._input_shape:
-            self._input_shape, self._output_shape = input_shape, layer.output_shape(input_shape)
+        if shape != self._input_shape:
+            self._input_shape, self._output_shape = shape, layer.output_shape(shape)
         product = Product(self.weight, codes, self._output_shape, channels_last or self._channels_last)
         # Who looks at function calls expects to see the layer's result.
         if layer.chained and not torch._C._len_torch_function_stack():
@@ -82,7 +90,7 @@ def kernel_for(layer: IntegerLayer, x: Tensor) -> Kernel | None:
     """
     if layer.training or layer.activation_bits is None or not _is_eager(x):
         return None
-    if torch.is_grad_enabled() and _has_gradient(layer, x):
+    if torch.is_grad_enabled() and (x.requires_grad or _has_gradient(layer)):
         return None
     return _known_kernel(layer)
 
@@ -148,17 +156,17 @@ def _is_current(layer: IntegerLayer, stamps: list[Stamp]) -> bool:
 
 def _is_eager(x: Tensor) -> bool:
     """Whether ``x`` is an ordinary float32 tensor on the CPU and nobody records or transforms what is computed."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
         return False
-    if type(x) is not Deferred:
-        plain = type(x) is Tensor and x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0
-        if not plain or torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return False
-    return not torch._C._len_torch_dispatch_stack() and not torch.is_autocast_enabled("cpu")
+    if type(x) is Deferred:
+        return True
+    if torch._C._is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return type(x) is Tensor and x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0
 
 
-def _has_gradient(layer: IntegerLayer, x: Tensor) -> bool:
-    return x.requires_grad or any(p.requires_grad for p in layer._parameters.values() if p is not None)
+def _has_gradient(layer: IntegerLayer) -> bool:
+    return any(p.requires_grad for p in layer._parameters.values() if p is not None)
 
 
 def _is_channels_last(x: Tensor) -> bool:

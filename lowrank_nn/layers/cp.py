@@ -20,6 +20,7 @@ from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_bias_, factor_std
 from lowrank_nn.layers._source import Source, read_layer
+from lowrank_nn.layers._stages import run_stages
 
 Factors = Literal[3, 4]
 
@@ -309,10 +310,7 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the convolutions: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        y = input
-        for stage in self._stages():
-            y = stage(y)
-        return y
+        return run_stages(self._stages(), input)
 
     def dense_weight(self) -> Tensor:
         """Return the sum of the terms, shape ``(out_channels, in_channels / groups, kh, kw)``."""

@@ -17,6 +17,7 @@ from lowrank_nn.layers._matrix import MatrixProblem
 from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_bias_, factor_std
 from lowrank_nn.layers._source import Source, read_layer
+from lowrank_nn.layers._stages import run_stages
 
 
 class _SpatialProblem(MatrixProblem):
@@ -195,8 +196,7 @@ class SpatialSVDConv2d(LowRankLayer, CompressedConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply both convolutions: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        y: Tensor = self.horizontal(self.vertical(input))
-        return y
+        return run_stages((self.vertical, self.horizontal), input)
 
     def dense_weight(self) -> Tensor:
         """Return the product of the factors, shape ``(out_channels, in_channels / groups, kh, kw)``."""

@@ -33,6 +33,7 @@ from lowrank_nn.layers._shapes import (
     factor_std,
 )
 from lowrank_nn.layers._source import Source, read_layer
+from lowrank_nn.layers._stages import run_stages
 
 Order = Literal["spatial_first", "pointwise_first"]
 
@@ -361,8 +362,7 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply both convolutions: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        y: Tensor = self.expand(self.reduce(input))
-        return y
+        return run_stages((self.reduce, self.expand), input)
 
     def dense_weight(self) -> Tensor:
         """Return the product of the factors, shape ``(out_channels, in_channels / groups, kh, kw)``."""

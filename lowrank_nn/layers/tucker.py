@@ -24,6 +24,7 @@ from lowrank_nn.layers._lowrank import LowRankLayer, Rank
 from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, aligned, check_rank
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_bias_, factor_std
 from lowrank_nn.layers._source import Source, read_layer
+from lowrank_nn.layers._stages import run_stages
 
 TuckerRank = tuple[int | None, int | None]
 
@@ -311,10 +312,7 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the convolutions: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        y = input
-        for stage in self._stages():
-            y = stage(y)
-        return y
+        return run_stages(self._stages(), input)
 
     def dense_weight(self) -> Tensor:
         """Return the product of the factors, shape ``(out_channels, in_channels / groups, kh, kw)``."""

@@ -207,3 +207,16 @@ def test_the_zoo_computes_the_same_in_chains(name):
     for y, reference in zip(found, expected, strict=True):
         if reference.is_floating_point():
             assert relative_error(y, reference) < 0.05
+
+
+def test_factors_that_somebody_watches_are_called():
+    x, calls = image(), []
+    model = nn.Sequential(conv(4, 8), nn.ReLU(), conv(8, 8, seed=1))
+    small = quantized(model, x, lnn.Apply(lnn.TuckerConv2d, where="2", rank=(4, 4)))
+    (expected,) = outputs_of(small, x)
+    small[2].core.register_forward_hook(lambda *_: calls.append("core"))
+    assert torch.equal(outputs_of(small, x)[0], expected)
+    forward = small[2].reduce.forward
+    small[2].reduce.forward = lambda x: (calls.append("reduce"), forward(x))[1]
+    assert torch.equal(outputs_of(small, x)[0], expected)
+    assert calls == ["core", "reduce", "core"]

@@ -1,0 +1,54 @@
+"""Calling layers one after the other, as factorised layers do with their factors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from lowrank_nn.layers._integer import IntegerLayer
+from lowrank_nn.layers._kernel import Kernel, kernel_for
+
+
+def run_stages(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Call layers one after the other; where all run on integer kernels, those are run without calling the layers.
+
+    Between small factors the calls would take as long as the kernels.
+
+    Args:
+        stages: Layers, each of which takes what the one before returns.
+        x: Input of the first.
+    """
+    kernels = _kernels(stages, x)
+    if not kernels:
+        for stage in stages:
+            x = stage(x)
+        return x
+    codes, shape, channels_last = kernels[0].codes_of(x)
+    for kernel, following in itertools.pairwise(kernels):
+        codes = kernel.weight.run(codes, following.grid)
+        shape = tuple(codes.shape)
+    last = stages[-1]
+    assert isinstance(last, IntegerLayer)
+    return kernels[-1].output(last, codes, shape, channels_last)
+
+
+def _kernels(stages: Sequence[nn.Module], x: Tensor) -> list[Kernel]:
+    """Return the kernels of ``stages``; none where the layers have to be called."""
+    layers = [stage for stage in stages if isinstance(stage, IntegerLayer)]
+    if len(layers) < len(stages) or torch.compiler.is_compiling():
+        return []
+    if not all(layer.chained for layer in layers[:-1]) or any(map(_is_watched, layers)):
+        return []
+    if x.dim() != 4 or torch._C._len_torch_function_stack() or _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return []
+    kernels = [kernel for kernel in (kernel_for(layer, x) for layer in layers) if kernel is not None]
+    return kernels if len(kernels) == len(layers) else []
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether somebody wants to see the layer called."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
