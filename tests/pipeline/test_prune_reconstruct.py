@@ -166,3 +166,35 @@ def test_training_with_a_channel_lasso_empties_filters_that_go_without_loss():
     assert error(trained, pruned, x) < 1e-3
     with torch.no_grad():
         assert float((pruned(x).argmax(1) == data[0][1]).float().mean()) > 0.95
+
+
+class Pyramid(nn.Module):
+    """Two stages of the same units and weights; a unit of the first costs 16 times the MACs of one of the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.reads = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 3, 3, padding=1)
+        self.second, self.head = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.reads(self.first(x).relu())
+        return self.head(self.second(F.avg_pool2d(x, 4)).relu())
+
+
+@pytest.mark.parametrize("criterion", ["thinet", "taylor"])
+def test_under_a_budget_units_go_where_they_save_most_for_what_they_are_worth(criterion):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = Pyramid().eval()
+    x = images(8, 3, 16)
+    step = lnn.Prune(
+        granularity="filter",
+        criterion=criterion,
+        batches=[x],
+        loss=lambda net, batch: net(batch).square().mean(),
+        reconstruct=False,
+    )
+    by_macs = run(model, x, step, calibration=[x], budget=lnn.Budget(macs=0.6)).model
+    by_params = run(model, x, step, calibration=[x], budget=lnn.Budget(params=0.6)).model
+    shares = [net.first.out_channels / net.second.out_channels for net in (by_macs, by_params)]
+    assert shares[0] < 0.85 * shares[1]
