@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lowrank_nn.graph.follow import follow
-from lowrank_nn.graph.units import IN, OUT, THROUGH, Units
+from lowrank_nn.graph.units import IN, OUT, THROUGH, Units, distinct
 
 ROLES = {THROUGH: "through", IN: "in", OUT: "out"}
 
@@ -100,22 +100,22 @@ class _Unit:
 
 def _computed_units(units: Units) -> list[_Unit]:
     """Return the units that something computes: not the taps of a kernel, or the rows of a table."""
-    roots, kinds, reasons = units.all_roots().tolist(), units.kinds().tolist(), units.reasons()
-    found: dict[int, _Unit] = {}
+    roots, kinds, reasons = units.all_roots(), units.kinds(), units.reasons()
+    found = {root: _Unit(reasons.get(root, "")) for root in distinct(roots[kinds == OUT]).tolist()}
     for source in units.sources:
         key = (source.name, source.dim)
-        for position in range(source.size):
-            root = roots[source.first + position]
-            unit = found.setdefault(root, _Unit(reasons.get(root, "")))
-            unit.positions.setdefault(key, []).append(position)
-            unit.roles[key] = max(unit.roles.get(key, THROUGH), kinds[source.first + position])
+        ids = slice(source.first, source.first + source.size)
+        for position, (root, kind) in enumerate(zip(roots[ids].tolist(), kinds[ids].tolist(), strict=True)):
+            if root in found:
+                unit = found[root]
+                unit.positions.setdefault(key, []).append(position)
+                unit.roles[key] = max(unit.roles.get(key, THROUGH), kind)
     sizes = {(source.name, source.dim): source.size for source in units.sources}
-    computed = [unit for unit in found.values() if OUT in unit.roles.values()]
-    for unit in computed:
+    for unit in found.values():
         whole = [key for key, own in unit.positions.items() if len(own) == sizes[key]]
         if whole and not unit.frozen:
             unit.frozen = "nothing would be left of {} along dim {}".format(*whole[0])
-    return computed
+    return list(found.values())
 
 
 def _group(units: list[_Unit], names: collections.Counter[str]) -> ChannelGroup:
