@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from lowrank_nn.errors import PlanError
 from lowrank_nn.graph.sites import Call, Recording, Site
-from lowrank_nn.layers import CompressedLayer, layer_output_shape
+from lowrank_nn.layers import CompressedConv2d, CompressedLayer, CompressedLinear, layer_output_shape
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -40,7 +41,8 @@ def derive_recording(recording: Recording, model: nn.Module) -> Recording:
     """Return ``recording`` as it would be for ``model``, the same network after some layers were replaced.
 
     A replacement is called with the same shapes as what it replaces, and its stages one after the other; so a
-    model on the meta device, or one with layers that were just swapped, needs no forward of its own.
+    model on the meta device, or one with layers that were just swapped, needs no forward of its own. Where layers have
+    lost channels, so have the shapes; products of activations count as before.
 
     Args:
         recording: Made from the network before.
@@ -50,9 +52,26 @@ def derive_recording(recording: Recording, model: nn.Module) -> Recording:
     for site in recording.sites:
         if site.inside is None:
             layer = model.get_submodule(site.path)
-            sites.append(dataclasses.replace(site, layer=layer))
-            sites.extend(_stages(site, layer))
+            now = dataclasses.replace(site, layer=layer, calls=tuple(_resized(call, layer) for call in site.calls))
+            sites += [now, *_stages(now, layer)]
     return dataclasses.replace(recording, sites=tuple(sites))
+
+
+def _resized(call: Call, layer: nn.Module) -> Call:
+    """Return a call with the channels that the layer has now."""
+    if isinstance(layer, (nn.Linear, CompressedLinear)):
+        dim, inputs, outputs = -1, layer.in_features, layer.out_features
+    elif isinstance(layer, (_ConvNd, CompressedConv2d)):
+        dim, inputs, outputs = -1 - len(layer.kernel_size), layer.in_channels, layer.out_channels
+    else:
+        return call
+    return Call(_with_size(call.input_shape, dim, inputs), _with_size(call.output_shape, dim, outputs))
+
+
+def _with_size(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
+    if len(shape) < -dim or shape[dim] == size:
+        return shape
+    return (*shape[: len(shape) + dim], size, *shape[len(shape) + dim + 1 :])
 
 
 def _stages(site: Site, layer: nn.Module) -> Iterator[Site]:

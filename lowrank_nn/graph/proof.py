@@ -123,10 +123,13 @@ class _Trial:
         except LowRankError as error:
             return str(error)
         # The smaller model first: where it fails, nothing else has to run.
+        got: list[_Run] = []
         try:
-            got = [run() for _, run in self._runs]
+            for _, run in self._runs:
+                got.append(run())
         except Exception as error:
-            return f"without these channels the forward fails: {_short(error)}"
+            mode = self._runs[len(got)][0]
+            return f"without these channels the forward fails {mode}: {_short(error)}"
         finally:
             undo()
         with masked_units(self._model, removals):

@@ -45,7 +45,7 @@ def dry_run_in_time(start: State, steps: Sequence[Step]) -> DryRun:
     for _ in range(_ROUNDS):
         planned = _nearest(start, steps, asked)
         estimate = planned.state.latency() / clock.dense
-        measured = clock.measure(present_layers(planned.state.recording()))
+        measured = clock.measure(present_layers(planned.state.recording()), planned.state.base)
         logger.info("latency: %.3g asked, %.3g estimated, %.3g measured", asked, estimate, measured)
         planned = dataclasses.replace(planned, latency=measured)
         if best is None or _miss(planned, asked) < _miss(best, asked):

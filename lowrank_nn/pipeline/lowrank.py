@@ -225,7 +225,7 @@ class LowRank(Step):
         open_tables = [table for table in tables if table.candidates]
         key: Any = (TimedCandidates, *map(id, open_tables))  # the cache keeps them
         if key not in state.cache:
-            state.cache[key] = timed = TimedCandidates(open_tables, state.recording(), clock)
+            state.cache[key] = timed = TimedCandidates(open_tables, state.recording(), clock, state.base)
             timed.measure(state.watch(timed.probes(), "LowRank: timing"))
         faster = {table.path: table for table in state.cache[key].faster(budget)}
         return [faster.get(table.path, table) for table in tables]

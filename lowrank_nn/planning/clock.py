@@ -102,17 +102,21 @@ class Clock:
         """Return the milliseconds of one forward, estimated from what a model is recorded to do."""
         return self.milliseconds(self._work_in(recording)) + self._rest
 
-    def measure(self, replaced: Mapping[str, CompressedLayer]) -> float:
+    def measure(
+        self, replaced: Mapping[str, CompressedLayer], base: tuple[nn.Module, Recording] | None = None
+    ) -> float:
         """Time the model with some layers replaced, beside the dense one, and learn from it.
 
         Args:
             replaced: By path, the layers that take the place of dense ones; on the meta device, without numbers.
+            base: The model in which they do, and what it was recorded to do, where that has lost channels.
 
         Returns:
             Its time over that of the dense model.
         """
-        small = stand_in(self._dense, replaced)
-        recording = derive_recording(self._original, small)
+        whole, original = base or (self._dense, self._original)
+        small = stand_in(whole, replaced)
+        recording = derive_recording(original, small)
         sides = [(self._dense, _paths(self._original)), (small, _paths(recording))]
         before, after = self._timer(sides, self._inputs)
         ratio = after.total / before.total

@@ -31,10 +31,17 @@ class TimedCandidates:
         tables: The candidates of each site.
         recording: What the model as it is now is recorded to do.
         clock: Gives the times.
+        base: The model to time them in, and what it was recorded to do; the dense one if left out.
     """
 
-    def __init__(self, tables: Sequence[SiteCandidates], recording: Recording, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        tables: Sequence[SiteCandidates],
+        recording: Recording,
+        clock: Clock,
+        base: tuple[nn.Module, Recording] | None = None,
+    ) -> None:
+        self._clock, self._base = clock, base
         self._present = present_layers(recording)
         self._sites = []
         for table in tables:
@@ -57,12 +64,12 @@ class TimedCandidates:
     def measure(self, probes: Iterable[Replaced]) -> None:
         """Time ``probes``; then, where nothing seems faster than the dense layer, what comes nearest to it."""
         for probe in probes:
-            self._clock.measure(probe)
+            self._clock.measure(probe, self._base)
         for _ in range(_CHECKS):
             nearest = dict(self._nearest())
             if not nearest:
                 return
-            self._clock.measure(self._present | nearest)
+            self._clock.measure(self._present | nearest, self._base)
 
     def faster(self, budget: Budget) -> list[SiteCandidates]:
         """Return the tables with their latencies, without all that takes as long as the dense layer or longer.

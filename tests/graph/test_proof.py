@@ -84,7 +84,7 @@ class WrongGradient(nn.Module):
     [
         (MeanOverChannels(), "the outputs in eval mode differ"),
         (Scaled(), "the outputs in eval mode differ"),
-        (BakedConstant(), "without these channels the forward fails: RuntimeError: shape"),
+        (BakedConstant(), "without these channels the forward fails in eval mode: RuntimeError: shape"),
         (WrongGradient(), "the gradients in train mode differ"),
     ],
 )

@@ -257,3 +257,22 @@ def test_on_this_machine(caplog):
             assert result.report.speedup > 0
             assert result.plan.speedup > 0
     assert "measured" in caplog.text
+
+
+@pytest.mark.parametrize("share", [0.4, 0.7])
+def test_filters_are_removed_until_the_time_is_right(net, machine, share):
+    result = compress(net, lnn.Prune(granularity="filter", round_to=16), latency=share)
+    fresh = [record(model, X) for model in (net, result.model)]
+    times = [
+        machine.profile(model, [s.path for s in r.sites if s.calls], X).total
+        for model, r in zip((net, result.model), fresh, strict=True)
+    ]
+    assert 0.6 * share <= times[1] / times[0] <= 1.02 * share
+    assert not any(isinstance(module, lnn.CompressedLayer) for module in result.model.modules())
+
+
+def test_low_rank_after_filters_works_towards_the_time_that_is_left(net, machine):
+    recipe = [lnn.Prune(0.25, granularity="filter"), lnn.LowRank(formats=MATRICES)]
+    result = compress(net, recipe, latency=0.4)
+    assert any(isinstance(module, lnn.CompressedLayer) for module in result.model.modules())
+    assert result.plan.latency.speedup >= 1 / (1.02 * 0.4)
