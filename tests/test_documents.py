@@ -54,6 +54,18 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert "compression rate" in capsys.readouterr().out
 
 
+def test_the_page_on_filters_runs():
+    torch.manual_seed(0)
+    images = torch.randn(200, 3, 8, 8)
+    names = {"lnn": lnn, "model": MyNet(), "images": images, "train_loader": [(images, torch.arange(200) % 40)]}
+    result, recipe = blocks("docs/filters_on_data.md")
+    exec(result, names)
+    assert names["result"].report.compression_rate["macs"] >= 2
+    exec(recipe, names)
+    trained = lnn.compress_model(names["model"], images[:1], names["recipe"], progress=False)
+    assert trained.report.compression_rate["params"] > 1.3
+
+
 @pytest.fixture
 def scaled_linear():
     module = types.ModuleType("layer_of_the_guide")  # pickle looks classes up by module
