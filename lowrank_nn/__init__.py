@@ -19,8 +19,8 @@ from lowrank_nn.errors import PlanError as PlanError
 from lowrank_nn.errors import RankError as RankError
 from lowrank_nn.errors import TrainingError as TrainingError
 from lowrank_nn.errors import UnsupportedLayerError as UnsupportedLayerError
-from lowrank_nn.graph import chain_quantized as chain_quantized
 from lowrank_nn.graph import ChannelGroup as ChannelGroup
+from lowrank_nn.graph import chain_quantized as chain_quantized
 from lowrank_nn.graph import find_groups as find_groups
 from lowrank_nn.graph import fold_batchnorm as fold_batchnorm
 from lowrank_nn.layers import LAYERS as LAYERS
