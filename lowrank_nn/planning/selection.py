@@ -25,7 +25,7 @@ class Reader:
 
     Attributes:
         weight: Its weight, unfolded as (groups, o, p), float64.
-        covariance: C, the second moments of its input patches, (groups, p, p).
+        covariance: C, the second moments of its input patches, (groups, p, p); or its diagonal, (groups, p).
         curvature: H, (groups, o, o); None for the identity.
         features: For each unit, the positions along p that go with it, (units, f).
     """
@@ -47,9 +47,13 @@ class Reader:
         taps = weight[0, 0].numel()
         offsets = torch.arange(taps, device=positions.device)
         features = (positions[..., None] * taps + offsets).flatten(1)
-        covariance = torch.diag_embed(metric.covariance) if metric.is_diagonal else metric.covariance
         unfolded = metric.unfold(weight)
-        return cls(unfolded, covariance, metric.curvature, features.to(unfolded.device))
+        return cls(unfolded, metric.covariance, metric.curvature, features.to(unfolded.device))
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether only the diagonal of the covariance is known."""
+        return self.covariance.dim() == 2
 
     def weighted(self) -> Tensor:
         """Return H W."""
@@ -62,6 +66,9 @@ class Reader:
 
         with x_u the inputs that belong to unit u; shape (units, units).
         """
+        if self.is_diagonal:
+            own = ((self.weight * self.weighted()).sum(1) * self.covariance).sum(0)
+            return torch.diag(own[self.features].sum(1))
         products = (self.weight.mT @ self.weighted() * self.covariance).sum(0)
         count, size = self.features.shape
         order = self.features.flatten()
@@ -88,8 +95,11 @@ def lasso_scores(readers: Sequence[Reader]) -> Tensor:
         He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks".
     """
     products = gram(readers)
+    size = products.diagonal().mean()
+    if not bool(size > 0):
+        return torch.zeros_like(products[0])  # nothing that the units contribute reaches the output
     # Contributions that are linearly dependent have no unique factors; a little of the diagonal settles them.
-    products.diagonal().add_(EPSILON * products.diagonal().mean())
+    products.diagonal().add_(EPSILON * size)
     return lasso_path(products, products.sum(1))
 
 
@@ -125,8 +135,8 @@ def obs_scores(readers: Sequence[Reader]) -> Tensor:
     .. math:: e_u = \sum_g \operatorname{tr}\big( H W_u (P_{uu})^{-1} W_u^T \big), \quad P = C^{-1}
 
     is what the removal of unit u costs when the other weights are set by least squares, :math:`W \leftarrow W -
-    W_u P_{uu}^{-1} P_{u:}`; then P loses the unit too. The unit with the least goes. Takes about U p^2 (f + o)
-    operations for U units of f features in p.
+    W_u P_{uu}^{-1} P_{u:}`; then P loses the unit too. The unit with the least goes. Readers of which only the diagonal
+    of C is known are not updated. Takes about U p^2 (f + o) operations for U units of f features in p.
 
     Args:
         readers: The layers that read the units.
@@ -135,10 +145,11 @@ def obs_scores(readers: Sequence[Reader]) -> Tensor:
         Hassibi and Stork 1993, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon"; Frantar and
         Alistarh 2022, "Optimal Brain Compression" (one layer, exact updates).
     """
-    eliminations = [_Elimination(reader) for reader in readers]
+    eliminations = [_Elimination(reader) for reader in readers if not reader.is_diagonal]
+    fixed = [reader.gram().diagonal() for reader in readers if reader.is_diagonal]
 
     def costs() -> Tensor:
-        return torch.stack([elimination.costs() for elimination in eliminations]).sum(0)
+        return torch.stack([*fixed, *(elimination.costs() for elimination in eliminations)]).sum(0)
 
     def remove(unit: int) -> None:
         for elimination in eliminations:

@@ -100,6 +100,23 @@ def test_grouped_convolution_and_diagonal_covariance():
     assert float(products[0, 1]) == 0
 
 
+@pytest.mark.parametrize("select", [lasso_scores, greedy_scores, obs_scores])
+def test_a_reader_with_a_diagonal_counts_as_one_without_correlations(select):
+    case, wide = Case(units=5, size=2), Case(units=5, size=3)
+    diagonal = wide.reader.covariance.diagonal(dim1=1, dim2=2)
+    short = Reader(wide.reader.weight, diagonal, wide.reader.curvature, wide.features)
+    full = Reader(wide.reader.weight, torch.diag_embed(diagonal), wide.reader.curvature, wide.features)
+    torch.testing.assert_close(short.gram(), full.gram())
+    torch.testing.assert_close(select([case.reader, short]), select([case.reader, full]))
+
+
+def test_units_that_nothing_comes_from():
+    case = Case()
+    reader = Reader(torch.zeros_like(case.reader.weight), case.reader.covariance, None, case.features)
+    for select in (lasso_scores, greedy_scores, obs_scores):
+        assert float(select([reader]).max()) < 1e-300
+
+
 def test_lasso_path_is_that_of_scikit_learn():
     for _ in range(5):
         x, y = normal(200, 12) @ normal(12, 12), normal(200)
