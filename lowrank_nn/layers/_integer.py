@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_nn.layers._affine import Grid, accumulator_dtype, integer_product, quantize, widened
-from lowrank_nn.layers._kernel import forget, kernel_for
+from lowrank_nn.layers._kernel import KERNELS, kernel_for
 from lowrank_nn.layers._onednn import Geometry
 from lowrank_nn.layers._quant_input import QuantizedInputLayer
 
@@ -45,7 +45,7 @@ class IntegerLayer(QuantizedInputLayer):
         """Return where the taps of the convolution are; None for a linear layer."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        forget(self)  # the tensors are about to be moved or cast
+        KERNELS.forget(self)  # the tensors are about to be moved or cast
         result: Any = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return result  # type: ignore[no-any-return]
 

@@ -1,12 +1,7 @@
-"""When a quantized layer runs on integer kernels, and how.
-
-Packed weights are neither saved nor copied: they live in a table beside the layers, which forgets a layer's when the
-layer goes, moves, or has another weight.
-"""
+"""When a quantized layer runs on integer kernels, and how."""
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,13 +10,12 @@ from torch import Tensor
 from lowrank_nn.layers._affine import Grid, unsigned_grid
 from lowrank_nn.layers._deferred import Deferred, Product, computed
 from lowrank_nn.layers._onednn import CodeGrid, PackedWeight, encode, is_exact, sums_fit
+from lowrank_nn.layers._packed import Derived, is_channels_last, may_use_kernel, own_tensors
 
 if TYPE_CHECKING:
     from lowrank_nn.layers._integer import IntegerLayer
 
 _MANY = 8  # channels from which on the kernels reorder bytes more slowly than torch does
-
-Stamp = tuple[Tensor, int, int]
 
 
 class Kernel:
@@ -40,13 +34,13 @@ class Kernel:
         codes, weight_scale, _ = layer.integer_weight()
         self.grid = CodeGrid(float(scale), int(zero_point), grid.high)
         self._geometry = layer.geometry()
-        self._channels_last = _is_channels_last(codes)
+        self._channels_last = is_channels_last(codes)
         self._input_shape: tuple[int, ...] | None = None
         self.weight = PackedWeight(codes.detach(), weight_scale.detach(), layer.bias, self.grid, self._geometry)
 
     def __call__(self, layer: IntegerLayer, x: Tensor) -> Tensor:
         """Compute ``layer`` on ``x``, or return a tensor that can be computed, where the layer is ``chained``."""
-        if self._geometry is not None and type(x) is not Deferred and x.dim() == 3:
+        if self._geometry is not None and len(x.source.shape if isinstance(x, Deferred) else x.shape) == 3:
             return self(layer, x.unsqueeze(0)).squeeze(0)
         codes, shape, channels_last = self.codes_of(x)
         return self.output(layer, codes, shape, channels_last)
@@ -55,7 +49,7 @@ class Kernel:
         """Return the bytes of a batched input, its shape, and whether it is channels-last."""
         if isinstance(x, Deferred):
             return x.source.codes(self.grid), x.source.shape, x.source.channels_last
-        codes, channels_last = encode(x, self.grid), _is_channels_last(x)
+        codes, channels_last = encode(x, self.grid), is_channels_last(x)
         if self._geometry is not None and codes.shape[1] >= _MANY and not channels_last:
             codes = codes.contiguous(memory_format=torch.channels_last)
         return codes, tuple(x.shape), channels_last
@@ -73,14 +67,6 @@ class Kernel:
         return computed(product)
 
 
-_KERNELS: weakref.WeakKeyDictionary[IntegerLayer, tuple[list[Stamp], Kernel | None]] = weakref.WeakKeyDictionary()
-
-
-def forget(layer: IntegerLayer) -> None:
-    """Let go of the layer's packed weight."""
-    _KERNELS.pop(layer, None)
-
-
 def kernel_for(layer: IntegerLayer, x: Tensor) -> Kernel | None:
     """Return the kernel to compute ``layer`` on ``x`` with, or None where the layer has to be simulated.
 
@@ -88,27 +74,15 @@ def kernel_for(layer: IntegerLayer, x: Tensor) -> Kernel | None:
     exporters, dispatch modes), in other dtypes than float32, on other devices than the CPU, and where :func:`obstacle`
     says why.
     """
-    if layer.training or layer.activation_bits is None or not _is_eager(x):
+    if layer.activation_bits is None or not may_use_kernel(layer, x):
         return None
-    if torch.is_grad_enabled() and (x.requires_grad or _has_gradient(layer)):
-        return None
-    return _known_kernel(layer)
+    return KERNELS.of(layer)
 
 
 def packed_weight(layer: IntegerLayer) -> PackedWeight | None:
     """Return the packed weight of a layer that can run on integer kernels."""
-    kernel = _known_kernel(layer)
+    kernel = KERNELS.of(layer)
     return None if kernel is None else kernel.weight
-
-
-def _known_kernel(layer: IntegerLayer) -> Kernel | None:
-    known = _KERNELS.get(layer)
-    if known is None or not _is_current(layer, known[0]):
-        with torch.inference_mode(False), torch.no_grad():
-            kernel = None if obstacle(layer) else Kernel(layer)
-        known = _stamps(layer), kernel
-        _KERNELS[layer] = known
-    return known[1]
 
 
 def obstacle(layer: IntegerLayer) -> str:
@@ -118,7 +92,7 @@ def obstacle(layer: IntegerLayer) -> str:
         return "inputs are not quantized"
     if grid != Grid(-grid.high, grid.high):
         return "the kernels have no zero point for weights (scheme='affine')"
-    tensors = _own_tensors(layer)
+    tensors = own_tensors(layer)
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return "integer kernels are for the CPU"
     if any(tensor.is_floating_point() and tensor.dtype is not torch.float32 for tensor in tensors):
@@ -133,41 +107,9 @@ def obstacle(layer: IntegerLayer) -> str:
     return ""
 
 
-def _own_tensors(layer: IntegerLayer) -> list[Tensor]:
-    return [t for table in (layer._parameters, layer._buffers) for t in table.values() if t is not None]
+def _kernel(layer: IntegerLayer) -> Kernel | None:
+    return None if obstacle(layer) else Kernel(layer)
 
 
-def _stamps(layer: IntegerLayer) -> list[Stamp]:
-    if any(tensor.is_inference() for tensor in _own_tensors(layer)):
-        return []
-    return [(tensor, tensor._version, tensor.data_ptr()) for tensor in _own_tensors(layer)]
-
-
-def _is_current(layer: IntegerLayer, stamps: list[Stamp]) -> bool:
-    """Whether the layer has the same tensors as then, unchanged."""
-    tensors = _own_tensors(layer)
-    if len(tensors) != len(stamps):
-        return False
-    for tensor, (known, version, place) in zip(tensors, stamps, strict=True):
-        if tensor is not known or tensor._version != version or tensor.data_ptr() != place:
-            return False
-    return True
-
-
-def _is_eager(x: Tensor) -> bool:
-    """Whether ``x`` is an ordinary float32 tensor on the CPU and nobody records or transforms what is computed."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
-        return False
-    if type(x) is Deferred:
-        return True
-    if torch._C._is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return False
-    return type(x) is Tensor and x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0
-
-
-def _has_gradient(layer: IntegerLayer) -> bool:
-    return any(p.requires_grad for p in layer._parameters.values() if p is not None)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+KERNELS: Derived[Kernel | None] = Derived(_kernel)
+"""The kernels of layers, None where there is an obstacle."""

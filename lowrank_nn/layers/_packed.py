@@ -1,0 +1,95 @@
+"""What is made from a layer's tensors for its kernels: kept beside the layer, until one of them changes.
+
+It is neither saved nor copied: packed weights are opaque, and are made anew where they are needed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_nn.layers._deferred import Deferred
+
+Made = TypeVar("Made")
+Stamp = tuple[Tensor, int, int]
+
+
+class Derived(Generic[Made]):
+    """A table of what was made from layers, which forgets a layer's when the layer goes or has other tensors.
+
+    Args:
+        make: Makes it from a layer; called without gradients.
+    """
+
+    def __init__(self, make: Callable[[Any], Made]) -> None:
+        self._make = make
+        self._known: weakref.WeakKeyDictionary[nn.Module, tuple[list[Stamp], Made]] = weakref.WeakKeyDictionary()
+
+    def of(self, layer: nn.Module) -> Made:
+        """Return what belongs to ``layer`` as it is now."""
+        known = self._known.get(layer)
+        if known is None or not _is_current(layer, known[0]):
+            with torch.inference_mode(False), torch.no_grad():
+                known = _stamps(layer), self._make(layer)
+            self._known[layer] = known
+        return known[1]
+
+    def forget(self, layer: nn.Module) -> None:
+        """Let go of what belongs to ``layer``."""
+        self._known.pop(layer, None)
+
+
+def own_tensors(layer: nn.Module) -> list[Tensor]:
+    """Return a layer's own parameters and buffers."""
+    return [t for table in (layer._parameters, layer._buffers) for t in table.values() if t is not None]
+
+
+def may_use_kernel(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer may be computed on ``x`` by a kernel that knows nothing of gradients and tracing.
+
+    That is in eval mode, for ordinary float32 tensors on the CPU, where no gradient is wanted, and nobody records or
+    transforms what is computed.
+    """
+    if layer.training or torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or _has_gradient(layer)):
+        return False
+    if type(x) is Deferred:
+        return True
+    if torch._C._is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return type(x) is Tensor and x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a tensor is a map in channels-last order and in no other."""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _has_gradient(layer: nn.Module) -> bool:
+    return any(p.requires_grad for p in layer._parameters.values() if p is not None)
+
+
+def _stamps(layer: nn.Module) -> list[Stamp]:
+    """Return by what changes of the layer's tensors show; nothing for tensors that do not show them."""
+    tensors = own_tensors(layer)
+    if any(tensor.is_inference() for tensor in tensors):
+        return []
+    return [(tensor, tensor._version, tensor.data_ptr()) for tensor in tensors]
+
+
+def _is_current(layer: nn.Module, stamps: list[Stamp]) -> bool:
+    """Whether the layer has the same tensors as then, unchanged."""
+    tensors = own_tensors(layer)
+    if len(tensors) != len(stamps):
+        return False
+    for tensor, (known, version, place) in zip(tensors, stamps, strict=True):
+        if tensor is not known or tensor._version != version or tensor.data_ptr() != place:
+            return False
+    return True
