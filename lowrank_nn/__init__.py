@@ -23,6 +23,7 @@ from lowrank_nn.graph import ChannelGroup as ChannelGroup
 from lowrank_nn.graph import chain_quantized as chain_quantized
 from lowrank_nn.graph import find_groups as find_groups
 from lowrank_nn.graph import fold_batchnorm as fold_batchnorm
+from lowrank_nn.graph import register_attributes as register_attributes
 from lowrank_nn.layers import LAYERS as LAYERS
 from lowrank_nn.layers import VBMF as VBMF
 from lowrank_nn.layers import BinaryConv2d as BinaryConv2d
@@ -36,6 +37,7 @@ from lowrank_nn.layers import FixedPoint as FixedPoint
 from lowrank_nn.layers import HashedConv2d as HashedConv2d
 from lowrank_nn.layers import HashedLinear as HashedLinear
 from lowrank_nn.layers import LowRankLayer as LowRankLayer
+from lowrank_nn.layers import NarrowMultiheadAttention as NarrowMultiheadAttention
 from lowrank_nn.layers import Params as Params
 from lowrank_nn.layers import PrunedConv2d as PrunedConv2d
 from lowrank_nn.layers import PrunedLinear as PrunedLinear
@@ -66,6 +68,7 @@ from lowrank_nn.pipeline import deep_compression as deep_compression
 from lowrank_nn.pipeline import plan as plan
 from lowrank_nn.pipeline import sweep as sweep
 from lowrank_nn.planning import Budget as Budget
+from lowrank_nn.planning import unit_importance as unit_importance
 from lowrank_nn.report import Report as Report
 from lowrank_nn.report import plot_sweep as plot_sweep
 from lowrank_nn.storage import inspect as inspect

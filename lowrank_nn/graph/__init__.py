@@ -1,5 +1,6 @@
 """Layers of a model as they are really called: finding, measuring and replacing them."""
 
+from lowrank_nn.graph.attributes import register_attributes as register_attributes
 from lowrank_nn.graph.chains import chain_quantized as chain_quantized
 from lowrank_nn.graph.costs import model_cost as model_cost
 from lowrank_nn.graph.costs import site_cost as site_cost

@@ -9,6 +9,7 @@ from lowrank_nn.planning.choices import Choices as Choices
 from lowrank_nn.planning.clock import Clock as Clock
 from lowrank_nn.planning.fisher import BatchLoss as BatchLoss
 from lowrank_nn.planning.fisher import diagonal_fisher as diagonal_fisher
+from lowrank_nn.planning.importance import unit_importance as unit_importance
 from lowrank_nn.planning.latency import TimedCandidates as TimedCandidates
 from lowrank_nn.planning.latency import present_layers as present_layers
 from lowrank_nn.planning.layer_choices import LayerChoices as LayerChoices
