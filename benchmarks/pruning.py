@@ -55,6 +55,7 @@ class Study:
             granularity="filter",
             criterion=criterion,
             reconstruct=reconstruct,
+            scope="global",
             batches=self.labelled if needs_loss else None,
             loss=task_loss if needs_loss else None,
         )
@@ -72,7 +73,7 @@ def methods(study: Study) -> dict[str, Callable[[], Recipe]]:
         "ThiNet + least squares": lambda: [study.filters("thinet", reconstruct=True)],
         "OBS + least squares": lambda: [study.filters("obs", reconstruct=True)],
         "low rank": lambda: [low_rank],
-        "a tenth of the filters (OBS), low rank": lambda: [
+        "both: least tenth of all filters (OBS), low rank": lambda: [
             study.filters("obs", reconstruct=True, amount=0.1),
             low_rank,
         ],

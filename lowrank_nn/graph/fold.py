@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from lowrank_nn.errors import PlanError
 from lowrank_nn.graph.agree import outputs_agree, outputs_of
-from lowrank_nn.graph.links import Link, find_links
+from lowrank_nn.graph.links import NORM_FORWARDS, Link, find_links
 from lowrank_nn.graph.swap import HOOK_TABLES, replace_module
 from lowrank_nn.layers import CompressedLayer
 
@@ -93,12 +93,7 @@ def find_folds(model: nn.Module, links: Mapping[str, Link]) -> tuple[list[Fold],
         links: What :func:`find_links` returned for it, or for the model that it was before some layers were replaced.
     """
     norms = {path: norm for path, norm in model.named_modules() if isinstance(norm, _BatchNorm)}
-    left = {
-        path: "it is not called once, on the output of one layer, which nothing else sees"
-        if norm.track_running_stats
-        else "it has no running statistics"
-        for path, norm in norms.items()
-    }
+    left = {path: _unfit(norm) for path, norm in norms.items()}
     folds, uses = [], _uses(model)
     for path, link in links.items():
         if link.norm is None or link.norm not in norms:
@@ -224,6 +219,15 @@ def _refusal(layer: nn.Module, uses: Counter[int]) -> str:
         if method in vars(leaf) or getattr(type(leaf), method, None) not in plain:
             return f"{type(leaf).__name__} overrides {method}"
     return _held(layer, uses)
+
+
+def _unfit(norm: _BatchNorm) -> str:
+    """Return why a norm is not behind any layer that could take it up."""
+    if type(norm).forward not in NORM_FORWARDS:
+        return f"{type(norm).__name__} overrides forward"
+    if norm.running_mean is None:
+        return "it has no running statistics"
+    return "it is not called once, on the output of one layer, which nothing else sees"
 
 
 def _held(module: nn.Module, uses: Counter[int]) -> str:

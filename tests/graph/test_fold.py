@@ -145,7 +145,7 @@ X = torch.randn(2, 3, 6, 6, generator=GENERATOR)
         (lambda net, x: net.norm(y := net.conv(x)) + y, None, None, NOT_ALONE),
         (lambda net, x: net.norm(net.norm(net.conv(x))), None, None, NOT_ALONE),
         (lambda net, x: net.norm(net.conv(net.conv(x))), None, None, NOT_ALONE),
-        (straight, None, Shifting(3), NOT_ALONE),
+        (straight, None, Shifting(3), "Shifting overrides forward"),
         (straight, None, nn.BatchNorm2d(3, track_running_stats=False), "no running statistics"),
         (straight, Doubling(3, 3, 3), None, "conv cannot take it up: Doubling overrides forward"),
         (straight, parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), None, "computed before each call"),
