@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lowrank_nn.errors import LowRankError, PlanError
+from lowrank_nn.graph.free_norms import follow_inputs
 from lowrank_nn.graph.inputs import call_model, map_tensors, tensors
 from lowrank_nn.graph.preserve import evaluating, seed_all, untouched
 from lowrank_nn.graph.surgery import Cuts, Removal, cut_tensor, cuts_of, masked_units, named_tensors, remove_units
@@ -143,12 +144,14 @@ class _Trial:
     def _evaluate(self) -> _Run:
         with evaluating(self._model):
             _prepare(self._seed)
+            follow_inputs(self._model)
             return _Run(_copies(call_model(self._model, self._inputs)), {}, {})
 
     def _train(self, inputs: Any) -> _Run:
         with untouched(self._model), torch.enable_grad(), _NoDropout():
             torch.backends.mha.set_fastpath_enabled(False)
             _prepare(self._seed)
+            follow_inputs(self._model)
             self._model.train()
             for module in self._model.modules():
                 if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):

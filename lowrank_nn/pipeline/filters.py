@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank_nn.errors import BudgetError, LowRankError, PlanError
 from lowrank_nn.graph import Recording, Site, record
+from lowrank_nn.graph.free_norms import measure_free_norms, resize_free_norms
 from lowrank_nn.graph.groups import ChannelGroup, find_groups
 from lowrank_nn.graph.proof import Proof, prove
 from lowrank_nn.graph.stand_in import with_numbers
@@ -96,8 +97,12 @@ class FilterRemoval:
         """Remove as many units of each group as decided, those that matter least now, and prove it."""
         removals = [d.removal for d in decisions if isinstance(d, FilterDecision) and d.removal is not None]
         if state.dry:
-            state.pruned = _cached(state, ("shrunk", *removals), lambda: _shrunk(_numbers_of(state), removals, state))
+            smaller, recording, channels = _cached(
+                state, ("shrunk", *removals), lambda: _shrunk(_numbers_of(state), removals, state)
+            )
             remove_units(state.model, removals)
+            resize_free_norms(state.model, channels)
+            state.pruned = (smaller, recording)
         else:
             proof = prove(state.model, self._chosen_now(state, removals), state.example_inputs, seed=state.seed)
             for name, reason in proof.refused.items():
@@ -115,10 +120,10 @@ class FilterRemoval:
         if self.criterion == "similar":
             merge_similar_(state.model, removals)
         if not (self._refits(state) and removals):
-            remove_units(state.model, removals)
+            _take_away(state.model, removals, state)
             return
         before = copy.deepcopy(state.model) if changed_since_given(state) else state.dense
-        remove_units(state.model, removals)
+        _take_away(state.model, removals, state)
         refit_readers(state, before, removals)
 
     def _refits(self, state: State) -> bool:
@@ -223,11 +228,19 @@ def _numbers_of(state: State) -> nn.Module:
     return _cached(state, "numbers", lambda: with_numbers(state.model, state.base[0]))
 
 
-def _shrunk(model: nn.Module, removals: Sequence[Removal], state: State) -> tuple[nn.Module, Recording]:
-    """Return a copy of a model without some units, and what it is recorded to do."""
+def _shrunk(model: nn.Module, removals: Sequence[Removal], state: State) -> tuple[nn.Module, Recording, dict[str, int]]:
+    """Return a copy of a model without some units, what it is recorded to do, and sizes of norms without tensors."""
     smaller = copy.deepcopy(model)
-    remove_units(smaller, removals)
-    return smaller, record(smaller, state.example_inputs)
+    channels = _take_away(smaller, removals, state)
+    return smaller, record(smaller, state.example_inputs), channels
+
+
+def _take_away(model: nn.Module, removals: Sequence[Removal], state: State) -> dict[str, int]:
+    """Remove units, and let norms without tensors follow; return the sizes of these."""
+    remove_units(model, removals)
+    channels = measure_free_norms(model, state.example_inputs)
+    resize_free_norms(model, channels)
+    return channels
 
 
 def _cached(state: State, what: Any, compute: Callable[[], Found]) -> Found:
