@@ -10,6 +10,7 @@ from lowrank_nn.graph.groups import find_groups as find_groups
 from lowrank_nn.graph.inputs import call_model as call_model
 from lowrank_nn.graph.links import Link as Link
 from lowrank_nn.graph.links import find_links as find_links
+from lowrank_nn.graph.rules import register_rule as register_rule
 from lowrank_nn.graph.sites import Call as Call
 from lowrank_nn.graph.sites import Recording as Recording
 from lowrank_nn.graph.sites import Site as Site

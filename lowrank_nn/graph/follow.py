@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.overrides import resolve_name
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowrank_nn.errors import OptionError
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.labels import Labels, support
 from lowrank_nn.graph.places import ForwardWatch, OutOfSight
 from lowrank_nn.graph.preserve import evaluating
-from lowrank_nn.graph.rules import RULES, Call, Planes, Rule
+from lowrank_nn.graph.rules import RULES, Call, Planes, Rule, full_name, short_name
 from lowrank_nn.graph.sites import refuse_opaque, run_model
 from lowrank_nn.graph.units import IN, OUT, Units
 
@@ -83,31 +81,6 @@ def follow(model: nn.Module, example_inputs: Any) -> Units:
     return follower.units
 
 
-def register_rule(
-    function: Callable[..., Any], rule: Rule | None = None, *, like: Callable[..., Any] | None = None
-) -> None:
-    """Say what a function does with channels, so that :func:`find_groups` can look through it.
-
-    Args:
-        function: One that torch's function modes see: a builtin of torch, or one that calls
-            ``torch.overrides.handle_torch_function``.
-        rule: Takes a :class:`lowrank_nn.graph.rules.Call` and returns the planes of the results.
-        like: A function that has a rule: ``register_rule(my_activation, like=torch.relu)``.
-
-    Raises:
-        OptionError: Neither or both of ``rule`` and ``like`` are given, or ``like`` has no rule.
-    """
-    if (rule is None) == (like is None):
-        raise OptionError("register_rule: give either rule= or like=.")
-    if like is not None:
-        rule = RULES.get(like)
-    if rule is None:
-        raise OptionError(
-            f"register_rule: like={_name(like)} has no rule itself. Pass a function of torch that has one."
-        )
-    RULES[function] = rule
-
-
 class _Follower(ForwardWatch):
     """Carries labels along with every tensor of a forward."""
 
@@ -131,7 +104,7 @@ class _Follower(ForwardWatch):
         kwargs = kwargs or {}
         if self.hidden or func in LOOKS:
             return self.hide(func, *args, **kwargs)
-        rule = RULES.get(func)
+        rule = RULES.get(func) or RULES.get(getattr(func, "overloadpacket", func))
         if rule is None and (inside := _inside(func)) is not None:
             with self:
                 return inside(*args, **kwargs)
@@ -179,11 +152,11 @@ class _Follower(ForwardWatch):
         known = {key: self.read(tensor) for key, tensor in seen.items()}
         versions = {key: _version(tensor) for key, tensor in seen.items()}
         result = func(*args, **kwargs)
-        where = f"{_short_name(func)} in {self._path}"
+        where = f"{short_name(func)} in {self._path}"
         outcome = None if rule is None else rule(Call(self.units, func, args, kwargs, result, where, known))
         if outcome is None:
             for labels in known.values():
-                self.units.freeze(labels.ids(), f"used by {_name(func)} in {self._path}, for which there is no rule")
+                self.units.freeze(labels.ids(), f"no rule for {full_name(func)}, called in {self._path}")
             outcome = [[]]
         finished: list[Planes] | Callable[[], list[Planes]] = outcome
         made = functools.cache(lambda: finished() if callable(finished) else finished)
@@ -267,15 +240,6 @@ def _inside(function: Any) -> Callable[..., Any] | None:
     copy = types.FunctionType(function.__code__, space, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
-
-
-def _name(function: Any) -> str:
-    return str(resolve_name(function) or getattr(function, "__qualname__", repr(function)))
-
-
-def _short_name(function: Any) -> str:
-    getter = getattr(function, "__name__", "") == "__get__"
-    return str(getattr(function.__self__ if getter else function, "__name__", repr(function)))
 
 
 def _version(tensor: Tensor) -> int:

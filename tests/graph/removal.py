@@ -2,14 +2,34 @@
 
 import collections
 import copy
+import random
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lowrank_nn.graph.inputs import call_model, tensors
+
 HEADS = {"num_heads", "n_heads", "heads"}
 """Attributes that count the heads of an attention module."""
+
+
+def assert_removable(model, inputs, groups):
+    """For each group that is not frozen, and for all together: removing half of the units is zeroing them."""
+    rng = random.Random(0)
+    removals = [(g, rng.sample(range(g.size), max(1, g.size // 2))) for g in groups if not g.frozen]
+    for chosen in [*([removal] for removal in removals), removals]:
+        expected = list(tensors(_run(zeroed(model, chosen), inputs)))
+        result = list(tensors(_run(removed(model, chosen), inputs)))
+        torch.testing.assert_close(
+            result, expected, rtol=1e-9, atol=1e-9, msg=lambda m: f"{[g.name for g, _ in chosen]}: {m}"
+        )
+
+
+@torch.no_grad()
+def _run(model, inputs):
+    return call_model(model, inputs)
 
 
 def doomed(removals):

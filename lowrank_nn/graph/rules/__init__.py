@@ -9,3 +9,6 @@ from lowrank_nn.graph.rules._call import Call as Call
 from lowrank_nn.graph.rules._call import Outcome as Outcome
 from lowrank_nn.graph.rules._call import Planes as Planes
 from lowrank_nn.graph.rules._call import Rule as Rule
+from lowrank_nn.graph.rules._call import full_name as full_name
+from lowrank_nn.graph.rules._call import register_rule as register_rule
+from lowrank_nn.graph.rules._call import short_name as short_name

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import resolve_name
 
+from lowrank_nn.errors import OptionError
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.labels import Labels
 from lowrank_nn.graph.units import Units
@@ -113,3 +115,41 @@ def normal_dims(dims: Any, count: int) -> list[int]:
         return list(range(count))
     chosen: Iterable[int] = dims if isinstance(dims, (tuple, list)) else [dims]
     return [dim % max(count, 1) for dim in chosen]
+
+
+def register_rule(
+    function: Callable[..., Any], rule: Rule | None = None, *, like: Callable[..., Any] | None = None
+) -> None:
+    """Say what a function does with channels, for :func:`lowrank_nn.find_groups` to look through it.
+
+    Without a rule it is a barrier: all that goes into it is kept. Functions that are written with torch's own need
+    none; those that are out of sight of torch's function modes (scripted ones) can have none.
+
+    Args:
+        function: An operator (``torch.ops.my_library.my_op``), a builtin of torch, or a function that calls
+            ``torch.overrides.handle_torch_function``.
+        rule: Takes a :class:`lowrank_nn.graph.rules.Call` and returns the planes of its results.
+        like: A function with a rule that holds here too: ``register_rule(torch.ops.my.gate, like=torch.mul)`` for an
+            element-wise one.
+
+    Raises:
+        OptionError: Neither or both of ``rule`` and ``like`` are given, or there is no rule for ``like``.
+    """
+    if (rule is None) == (like is None):
+        raise OptionError("register_rule: pass either rule= or like=.")
+    if like is not None:
+        rule = RULES.get(like)
+    if rule is None:
+        raise OptionError(f"register_rule: there is no rule for like={full_name(like)}. Pass a function that has one.")
+    RULES[function] = rule
+
+
+def full_name(function: Any) -> str:
+    """Return the name under which users know a function: ``torch.nn.functional.relu``."""
+    return str(resolve_name(function) or getattr(function, "__qualname__", function))
+
+
+def short_name(function: Any) -> str:
+    """Return the name of a function, or of the property that it gets."""
+    getter = getattr(function, "__name__", "") == "__get__"
+    return str(getattr(function.__self__ if getter else function, "__name__", function))

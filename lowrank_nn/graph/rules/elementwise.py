@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_nn.graph.labels import Labels, merge
-from lowrank_nn.graph.rules._call import RULES, Call, Planes, aligned, rule_for
+from lowrank_nn.graph.rules._call import Call, Planes, aligned, rule_for
 
 ELEMENTWISE = """
     abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan arctan2 arctanh asin asinh
@@ -19,8 +18,8 @@ ELEMENTWISE = """
     remainder round rrelu rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign
     sqrt square sub subtract tan tanh tanhshrink threshold true_divide trunc where xlogy
     dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d feature_dropout
-    zeros_like ones_like empty_like full_like rand_like randn_like fill zero bernoulli clone contiguous detach
-    alias to type type_as float double half bfloat16 int long short bool byte char cpu cuda real imag data
+    zeros_like ones_like empty_like full_like rand_like randn_like fill zero bernoulli normal uniform copy clone
+    contiguous detach to type type_as float double half bfloat16 int long short bool byte char cpu cuda real imag data
     requires_grad_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__
     __rtruediv__ __itruediv__ __div__ __rdiv__ __idiv__ __floordiv__ __rfloordiv__ __ifloordiv__ __mod__ __rmod__
     __imod__ __pow__ __rpow__ __ipow__ __neg__ __pos__ __abs__ __and__ __rand__ __iand__ __or__ __ror__ __ior__
@@ -56,4 +55,14 @@ def prelu(call: Call) -> list[Planes]:
     return [per_channel(call, list(call.first.planes), [slopes], min(1, len(call.first.shape) - 1))]
 
 
-RULES[F.prelu] = prelu
+@rule_for("fake_quantize_per_tensor_affine")
+def fake_quantize(call: Call) -> list[Planes]:
+    """Round to a grid; its scale is for all elements."""
+    return [list(call.first.planes)]
+
+
+@rule_for("fake_quantize_per_channel_affine")
+def fake_quantize_per_channel(call: Call) -> list[Planes]:
+    """Round to a grid for each channel, whose scale goes with it."""
+    grids = [call.labels(call.argument(1, "scale")), call.labels(call.argument(2, "zero_point"))]
+    return [per_channel(call, list(call.first.planes), grids, call.argument(3, "axis"))]

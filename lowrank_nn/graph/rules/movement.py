@@ -106,6 +106,15 @@ def _tie_parts(call: Call, labels: Labels, dim: int, sizes: Sequence[int]) -> No
             call.units.unite(parts, parts.narrow(dim, 0, 1), f"meets what stays in {call.where}")
 
 
+@rule_for("glu")
+def glu(call: Call) -> list[Planes]:
+    """One half times a function of the other."""
+    dim = call.argument(1, "dim", -1) % len(call.first.shape)
+    half = call.first.shape[dim] // 2
+    _tie_parts(call, call.first, dim, [half, half])
+    return move(call.units, call.first, lambda ids: [ids.narrow(dim, 0, half)], call.where) or [[]]
+
+
 @rule_for("unbind")
 def unbind(call: Call) -> list[Planes]:
     """Take apart what was stacked: all parts shrink together."""
