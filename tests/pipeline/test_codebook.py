@@ -53,6 +53,14 @@ def test_fisher_information_weighs_the_squares(net):
     assert "weighted" in repr(step)
 
 
+def test_fisher_information_of_pruned_layers_is_that_of_what_is_left(net):
+    pruned = run(net, lnn.Prune(0.5, where="conv2")).model
+    small = run(pruned, lnn.Codebook(2, where="conv2", batches=BATCHES, loss=loss)).model
+    fisher, mask = diagonal_fisher(pruned, BATCHES, loss, paths=["conv2"])["conv2"], pruned.conv2.mask
+    expected = kmeans_1d(net.conv2.weight[mask], 4, weights=fisher[mask])
+    torch.testing.assert_close(small.conv2.codebook, expected, rtol=0, atol=0)
+
+
 def test_factors_and_pruned_layers(net):
     recipe = [lnn.Apply(lnn.SVDLinear, where="fc", rank=2), lnn.Prune(0.5, where="conv2"), lnn.Codebook(2)]
     small = run(net, recipe).model
