@@ -7,11 +7,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lowrank_nn.errors import BudgetError, LowRankError, PlanError
 from lowrank_nn.graph import Recording, Site, record
 from lowrank_nn.graph.free_norms import measure_free_norms, resize_free_norms
 from lowrank_nn.graph.groups import ChannelGroup, find_groups
@@ -19,6 +16,7 @@ from lowrank_nn.graph.proof import Proof, prove
 from lowrank_nn.graph.stand_in import with_numbers
 from lowrank_nn.graph.surgery import Removal, named_tensors, remove_units
 from lowrank_nn.pipeline.evidence import changed_since_given
+from lowrank_nn.pipeline.filter_budget import removals_of, within_budget
 from lowrank_nn.pipeline.refit import merge_similar_, refit_readers
 from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State
@@ -29,7 +27,6 @@ from lowrank_nn.planning.unit_choice import KeepRule, least_important
 Found = TypeVar("Found")
 
 _PROBED = 0.5  # share of each group that is removed to find out, under a budget, which groups can be
-_BISECTIONS = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +80,13 @@ class FilterRemoval:
         notes = {group.name: group.frozen for group in wanted if group.frozen}
         notes |= {g.name: "the criterion says nothing about it" for g in wanted if not (g.frozen or g.name in scores)}
         if self.amount is None:
-            probe = _removals(wanted, self.keep.choose(scores, _PROBED))
+            probe = removals_of(wanted, self.keep.choose(scores, _PROBED))
             notes |= self._prove(state, model, probe).refused
             scores = {name: values for name, values in scores.items() if name not in notes}
-            removals = self._within_budget(state, wanted, scores)
+            additive = self.criterion in ADDITIVE
+            removals = within_budget(state, wanted, scores, self.keep, additive=additive)
         else:
-            proof = self._prove(state, model, _removals(wanted, self.keep.choose(scores, self.amount)))
+            proof = self._prove(state, model, removals_of(wanted, self.keep.choose(scores, self.amount)))
             removals = list(proof.proven)
             notes |= proof.refused
         return _decisions(wanted, {removal.group.name: removal for removal in removals}, notes)
@@ -156,62 +154,6 @@ class FilterRemoval:
             state, ("proof", *removals), lambda: prove(model, removals, state.example_inputs, seed=state.seed)
         )
 
-    def _within_budget(
-        self, state: State, groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor]
-    ) -> list[Removal]:
-        """Return the removal of the smallest share of units that brings the model within the budget.
-
-        Raises:
-            PlanError: There is no budget.
-            BudgetError: No share does.
-        """
-        if state.budget is None:
-            raise PlanError(
-                "Prune: there is neither an amount nor a budget. Pass Prune(0.3, granularity='filter'), or "
-                "budget=Budget(macs=0.5) or the like."
-            )
-        target = state.budget.scaled(state.slack)
-        allowed = target.allowed(state.dense_cost(), state.dense_latency())
-
-        def spent(removals: Sequence[Removal]) -> NDArray[np.float64]:
-            undo = remove_units(state.model, removals)
-            try:
-                return target.spent(state.cost(), state.latency()) / allowed
-            finally:
-                undo()
-
-        def overspent(removals: Sequence[Removal]) -> float:
-            return float(spent(removals).max())
-
-        if self.criterion in ADDITIVE and self.keep.scope == "global":
-            scores = _per_cost(scores, groups, spent)
-        low, high, best = 0.0, 1.0, self._possible(state, groups, scores, 1.0)
-        most = overspent(best)
-        if most > 1:
-            raise BudgetError(
-                f"Prune: the budget cannot be met by removing filters: with {self.keep.min_keep:.3g} of each group "
-                f"kept there remains {most:.3g} of what is allowed. Allow more, lower min_keep, or put LowRank() ahead."
-            )
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            tried = self._possible(state, groups, scores, middle)
-            if overspent(tried) > 1:
-                low = middle
-            else:
-                high, best = middle, tried
-        return best
-
-    def _possible(
-        self, state: State, groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor], share: float
-    ) -> list[Removal]:
-        """Return the removals at a share, without those that a layer refuses at this size."""
-        removals = _removals(groups, self.keep.choose(scores, share))
-        try:
-            remove_units(state.model, removals)()
-        except LowRankError:
-            return [removal for removal in removals if _goes(state.model, removal)]
-        return removals
-
     def _chosen_now(self, state: State, removals: Sequence[Removal]) -> list[Removal]:
         """Return as many units of each group, chosen by the weights as they are now."""
         if not changed_since_given(state):
@@ -254,49 +196,14 @@ def _cached(state: State, what: Any, compute: Callable[[], Found]) -> Found:
     return found
 
 
-def _per_cost(
-    scores: Mapping[str, Tensor],
-    groups: Sequence[ChannelGroup],
-    spent: Callable[[Sequence[Removal]], NDArray[np.float64]],
-) -> dict[str, Tensor]:
-    """Return what is lost with each unit over what it saves, of what the budget is most exceeded in.
-
-    Savings are means over half of a group: single units may save nothing, where time goes by whole vectors.
-    """
-    before = spent([])
-    most = int(before.argmax())
-    rated = {}
-    for group in groups:
-        if group.name in scores:
-            units = tuple(range(max(1, group.size // 2))) if group.size > 1 else ()
-            try:
-                saved = float((before - spent([Removal(group, units)]))[most]) / max(1, len(units))
-            except LowRankError:
-                saved = 0.0
-            rated[group.name] = scores[group.name] / max(saved, 1e-9)
-    return rated
-
-
 def _producers(group: ChannelGroup) -> list[str]:
     """Return the paths of the modules that compute the units; of those that hold them, where none does."""
     computing = [member for member in group.members if member.role == "out"] or group.members[:1]
     return list(dict.fromkeys(member.name.rpartition(".")[0] for member in computing))
 
 
-def _removals(groups: Sequence[ChannelGroup], chosen: Mapping[str, tuple[int, ...]]) -> list[Removal]:
-    return [Removal(group, units) for group in groups if (units := chosen.get(group.name))]
-
-
 def _named(removals: Sequence[Removal], name: str) -> ChannelGroup:
     return next(removal.group for removal in removals if removal.group.name == name)
-
-
-def _goes(model: nn.Module, removal: Removal) -> bool:
-    try:
-        remove_units(model, [removal])()
-    except LowRankError:
-        return False
-    return True
 
 
 def _decisions(
