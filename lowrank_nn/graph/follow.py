@@ -88,13 +88,18 @@ class _Follower(ForwardWatch):
         super().__init__()
         self.units = Units()
         self._names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
-        self._reparametrized = dict(_reparametrized(model))
+        self._refusals = dict(_refusals(model))
+        self._refused_parameters = {
+            id(parameter): reason
+            for path, reason in self._refusals.items()
+            for parameter in model.get_submodule(path).parameters()
+        }
         self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def attach(self, model: nn.Module) -> None:
         """Wrap the forward of every module, on the instances, to know where a function is called."""
         for path, module in model.named_modules():
-            wrap = self._refused if path in self._reparametrized else self._framed
+            wrap = self._refused if path in self._refusals else self._framed
             vars(module)["forward"] = functools.wraps(module.forward)(wrap(path, module.forward))
 
     def __torch_function__(
@@ -122,8 +127,7 @@ class _Follower(ForwardWatch):
 
     def use_out_of_sight(self, arguments: Any) -> None:
         """Freeze what goes into code that cannot be watched."""
-        for tensor in tensors(arguments):
-            self.units.freeze(self.read(tensor).ids(), f"used by code that cannot be watched, in {self._path}")
+        self._freeze(arguments, f"used by code that cannot be watched, in {self._path}")
 
     @property
     def _path(self) -> str:
@@ -145,7 +149,10 @@ class _Follower(ForwardWatch):
             if size > 1:
                 ids = self.units.fresh(size, (name, dim))
                 planes.append(ids[(*(None,) * dim, slice(None), *(None,) * (len(shape) - 1 - dim))])
-        return Labels(shape, tuple(planes), constant=True)
+                if id(tensor) in self._refused_parameters:
+                    self.units.freeze(ids, self._refused_parameters[id(tensor)])
+                    self.units.mark(ids, IN if dim else OUT)
+        return Labels(shape, tuple(planes), constant=2 if isinstance(tensor, nn.Parameter) else 1)
 
     def _run(self, rule: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen = {id(tensor): tensor for tensor in tensors((args, kwargs))}
@@ -160,7 +167,8 @@ class _Follower(ForwardWatch):
             outcome = [[]]
         finished: list[Planes] | Callable[[], list[Planes]] = outcome
         made = functools.cache(lambda: finished() if callable(finished) else finished)
-        constant = bool(known) and all(labels.constant for labels in known.values())
+        origins = [labels.constant for labels in known.values()]
+        constant = max(origins, default=0) if all(origins) else 0
         for index, tensor in enumerate(tensors(result)):
             labels_of = functools.partial(self._labels, tuple(tensor.shape), made, index, constant)
             if id(tensor) not in seen:
@@ -172,7 +180,7 @@ class _Follower(ForwardWatch):
                 self._change(seen[key], known[key], Labels(known[key].shape))
         return result
 
-    def _labels(self, shape: tuple[int, ...], made: Callable[[], list[Planes]], index: int, constant: bool) -> Labels:
+    def _labels(self, shape: tuple[int, ...], made: Callable[[], list[Planes]], index: int, constant: int) -> Labels:
         results = made()
         planes = results[index if len(results) > 1 else 0]
         for plane in planes:
@@ -197,25 +205,22 @@ class _Follower(ForwardWatch):
         self._write(tensor, after)
 
     def _refused(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Freeze all that a layer with a computed weight reads and owns."""
+        """Freeze all that a layer with a computed weight reads."""
         framed = self._framed(path, forward)
-        reason, parameters = self._reparametrized[path]
 
         def refused(*args: Any, **kwargs: Any) -> Any:
-            for tensor in tensors((args, kwargs)):
-                self.units.freeze(self.read(tensor).ids(), reason)
-            for parameter in parameters:
-                labels = self.read(parameter)
-                self.units.freeze(labels.ids(), reason)
-                for plane in labels.planes:
-                    self.units.mark(plane.reshape(-1), OUT if support(plane) == {0} else IN)
+            self.hide(self._freeze, (args, kwargs), self._refusals[path])
             return framed(*args, **kwargs)
 
         return refused
 
+    def _freeze(self, arguments: Any, reason: str) -> None:
+        for tensor in tensors(arguments):
+            self.units.freeze(self.read(tensor).ids(), reason)
 
-def _reparametrized(model: nn.Module) -> Iterator[tuple[str, tuple[str, list[nn.Parameter]]]]:
-    """Yield the layers whose weights are computed from others, with the reason for a refusal and these others."""
+
+def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the paths of layers whose weights are computed from others, with the reason to leave them alone."""
     for path, module in model.named_modules():
         names = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
         names = [name for name in names if name in ("WeightNorm", "SpectralNorm")]
@@ -223,8 +228,7 @@ def _reparametrized(model: nn.Module) -> Iterator[tuple[str, tuple[str, list[nn.
             lists = module.parametrizations.values()
             names += [type(one).__name__.lstrip("_") for several in lists for one in several]
         if names:
-            reason = f"{path} is parametrized by {', '.join(names)}: remove that first"
-            yield path, (reason, list(module.parameters()))
+            yield path, f"{path} is parametrized by {', '.join(names)}: remove that first"
 
 
 @functools.cache

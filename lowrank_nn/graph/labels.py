@@ -21,12 +21,12 @@ class Labels:
         planes: Ids, each of the tensor's number of dimensions and of size 1 along those on which it does not vary, on
             one at least. An element goes when the unit of any plane does. A parameter has a plane for each of its
             dimensions, what a layer returns usually one, for its channels.
-        constant: Whether the tensor comes from parameters and buffers alone.
+        constant: 0 for what depends on the inputs; else 1 for what comes from buffers alone, 2 from parameters too.
     """
 
     shape: tuple[int, ...]
     planes: tuple[Tensor, ...] = ()
-    constant: bool = False
+    constant: int = 0
 
     def ids(self) -> Tensor:
         """Return all ids."""

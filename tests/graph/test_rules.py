@@ -149,7 +149,7 @@ FROZEN = {
     "numpy": (lambda net, a, b: torch.from_numpy(a.numpy() * 2), "no rule for torch.Tensor.numpy"),
     "a number in Python": (lambda net, a, b: a * float(a[0, 0, 0, 0]), "reads by number"),
     "diagonal": (lambda net, a, b: torch.einsum("nchh->nch", a)[..., None], "no rule for torch.functional.einsum"),
-    "outer product": (lambda net, a, b: torch.einsum("nchw,nkhw->nck", a, b).flatten(1), "its channels can only go all at once"),
+    "outer product": (lambda net, a, b: torch.einsum("nchw,nkhw->nck", a, b).flatten(1), "can only go all at once"),
     "part written": (lambda net, a, b: write_part(a, b), "no rule for"),
 }  # fmt: skip
 

@@ -36,6 +36,8 @@ def elementwise(call: Call) -> list[Planes]:
     operands = call.operands()[:1] if call.function in FIRST_ONLY else call.operands()
     if len(operands) == 1:
         return [list(operands[0].planes)]
+    if all(labels.constant for labels in operands):
+        operands.sort(key=lambda labels: -labels.constant)  # of a weight times a mask, the weight computes the units
     dims = max(len(shape) for shape in call.shapes)
     return [merge(call.units, [aligned(labels, dims) for labels in operands], call.where)]
 

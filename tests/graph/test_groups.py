@@ -1,0 +1,363 @@
+"""Channel groups of whole models, also of hostile ones."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+from lowrank_nn import SVDConv2d, TuckerConv2d
+from lowrank_nn.errors import OptionError, PlanError, UnsupportedLayerError
+from lowrank_nn.graph import ChannelGroup, find_groups, register_rule
+from lowrank_nn.graph.rules import RULES
+from tests.graph.removal import assert_removable
+from tests.graph.test_rules import settled
+from tests.zoo import ZOO
+
+IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def free(groups):
+    return {group.name: group.size for group in groups if not group.frozen}
+
+
+def checked(model, inputs):
+    """The groups, each held against brute force."""
+    groups = find_groups(settled(model), inputs)
+    assert_removable(model, inputs, groups)
+    return groups
+
+
+REMOVABLE = {  # without those frozen by layer norms, by the recurrent layer, by the branch on std
+    "lenet5": 4, "alexnet": 5, "vgg16": 15, "inception": 20, "resnet20": 10, "mobilenet_v2": 9, "vit": 4, "unet": 12,
+    "transformer": 4, "crnn": 1, "tied": 0, "control_flow": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo(name):
+    model, inputs = ZOO[name]()
+    double = inputs.double() if isinstance(inputs, torch.Tensor) and inputs.is_floating_point() else inputs
+    before = copy.deepcopy(model.state_dict())
+    model.double() if double is not inputs else model
+    groups = find_groups(model, double)
+    assert len(free(groups)) == REMOVABLE[name]
+    assert len({group.name for group in groups}) == len(groups)
+    # The attention of vit and transformer takes its width from its input: its heads are not removed by sizes alone.
+    assert_removable(model, double, [group for group in groups if "att" not in group.name])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key].to(value.dtype))
+
+
+class Attention(nn.Module):
+    """Self-attention in one of many spellings; ``kv_heads`` below ``heads`` share keys and values."""
+
+    def __init__(self, dim, heads, kv_heads, width, fused):
+        super().__init__()
+        self.heads, self.kv_heads, self.width, self.fused = heads, kv_heads, width, fused
+        self.query = nn.Linear(dim, heads * width)
+        self.key, self.value = nn.Linear(dim, kv_heads * width), nn.Linear(dim, kv_heads * width)
+        self.table = nn.Parameter(torch.randn(9, heads))
+        self.register_buffer("index", torch.arange(16).view(4, 4) % 9)
+        self.proj = nn.Linear(heads * width, dim)
+
+    def forward(self, x):
+        split = [
+            layer(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        ]
+        bias = self.table[self.index.view(-1)].view(4, 4, -1).permute(2, 0, 1)[None]
+        if self.fused == "gqa":
+            out = F.scaled_dot_product_attention(*split, attn_mask=bias, enable_gqa=True)
+        else:
+            q, k, v = split
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+            out = ((q @ k.mT) * self.width**-0.5 + bias).softmax(-1) @ v
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("kv_heads", "fused"), [(6, "no"), (6, "gqa"), (3, "no"), (3, "gqa")])
+def test_whole_heads_are_removed_with_their_share_of_a_bias_table(kv_heads, fused):
+    model = nn.Sequential(nn.Linear(5, 8), Attention(8, 6, kv_heads, 4, fused), nn.Linear(8, 3))
+    groups = checked(model, torch.randn(2, 4, 5, dtype=torch.float64))
+    assert free(groups) == {"0": 8, "1.query": kv_heads, "1.proj": 8}
+    (heads,) = (group for group in groups if group.name == "1.query")
+    share = 6 // kv_heads
+    counts = {member.name: len(member.positions[0]) for member in heads.members}
+    assert counts == {
+        "1.query.weight": 4 * share, "1.query.bias": 4 * share, "1.key.weight": 4, "1.key.bias": 4,
+        "1.value.weight": 4, "1.value.bias": 4, "1.table": share, "1.proj.weight": 4 * share,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_heads_of_torchs_attention(weights):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(5, 8)
+            self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x, hidden):
+            x = self.embed(x)
+            return self.head(self.attention(x, x, x, key_padding_mask=hidden, need_weights=weights)[0])
+
+    hidden = torch.tensor([[False, False, False, True], [False, False, True, True]])
+    groups = find_groups(Net(), (torch.randn(2, 4, 5), hidden))
+    heads = next(group for group in groups if group.name == "attention.in_proj_weight")
+    assert not heads.frozen
+    assert [(m.name, m.dim, m.role, m.positions[1]) for m in heads.members] == [
+        ("attention.in_proj_weight", 0, "out", (2, 3, 10, 11, 18, 19)),
+        ("attention.in_proj_bias", 0, "out", (2, 3, 10, 11, 18, 19)),
+        ("attention.out_proj.weight", 1, "in", (2, 3)),
+    ]
+
+
+class Windows(nn.Module):
+    """Windows of tokens, shifted, as in Swin, with a linear layer inside, and the patches merged after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner = nn.Conv2d(3, 6, 1), nn.Linear(6, 6)
+        self.merge = nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = self.embed(x).permute(0, 2, 3, 1).roll((-1, -1), (1, 2))
+        n, h, w, c = x.shape
+        y = x.view(n, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+        y = self.inner(y).view(n, h // 2, w // 2, 2, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, -1)
+        x = x + y.roll((1, 1), (1, 2))
+        x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
+        return self.merge(x).mean((1, 2))
+
+
+class Twice(nn.Module):
+    """One convolution on inputs from two places; what it returns is added to a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.both = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head((self.both(self.a(x)) + self.both(self.b(x)).relu_()).mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """A norm written by hand, over groups of channels, between convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.after, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        grouped = x.view(x.shape[0], -1, 3, *x.shape[2:]).flatten(2)
+        x = ((grouped - grouped.mean(-1, keepdim=True)) / (grouped.std(-1, keepdim=True) + 0.1)).view_as(x)
+        return self.head(self.after(x).amax((2, 3)))
+
+
+class Branching(nn.Module):
+    """Another way for every sign of the input, and a counter in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.dark, self.bright, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1), nn.Linear(6, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, image, *, options):
+        self.calls += 1
+        conv = self.bright if image.mean() > options["threshold"] else self.dark
+        return {"logits": [self.head(conv(image).mean((2, 3)))]}
+
+
+class Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def sequential(*middle, width=6):
+    return nn.Sequential(nn.Conv2d(3, 6, 1), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+
+
+class Call(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+HOSTILE = {
+    "windows": (Windows, {"embed": 6}),
+    "called twice": (Twice, {"a": 6, "both": 6}),
+    "groups by hand": (Grouped, {"conv": 4, "after": 6}),
+    "autograd function": (lambda: sequential(Call(Sine.apply)), {"0": 6}),
+    "data parallel": (lambda: nn.DataParallel(sequential(nn.ReLU(inplace=True)), device_ids=[]), {"module.0": 6}),
+    "checkpointed": (
+        lambda: sequential(Call(lambda x: checkpoint(torch.tanh, x, use_reentrant=False))), {"0": 6}
+    ),
+    "own ranks": (
+        lambda: sequential(TuckerConv2d(6, 8, 3, rank=(5, 4)), SVDConv2d(8, 6, 1, rank=3)),
+        {"0": 6, "1.reduce": 4, "1.core": 5, "1.expand": 8, "2.reduce": 3, "2.expand": 6},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "expected"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_models(build, expected):
+    assert free(checked(build(), IMAGE)) == expected
+
+
+def test_branch_on_data_and_a_mutated_buffer():
+    model = settled(Branching())
+    model.calls.zero_()
+    inputs = {"image": IMAGE, "options": {"threshold": 0.5}}
+    groups = find_groups(model, inputs)
+    assert free(groups) == {"dark": 6}
+    assert_removable(model, inputs, groups)
+    assert model.calls == 0
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        return self.head(x + self.hidden(x).relu())
+
+
+def test_tied_embedding():
+    tokens = torch.randint(0, 20, (2, 5))
+    groups = checked(Tied(), tokens)
+    assert free(groups) == {"embed#2": 8}  # the other are the words
+    (width,) = (group for group in groups if not group.frozen)
+    assert [(member.name, member.dim, member.role) for member in width.members] == [
+        ("embed.weight", 1, "out"), ("hidden.weight", 0, "out"), ("hidden.weight", 1, "in"), ("hidden.bias", 0, "out"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "old weight_norm", "old spectral_norm"])
+def test_parametrized_weights_are_refused_by_name(kind):
+    wrap = getattr(nn.utils if "old" in kind else parametrizations, kind.removeprefix("old "))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        conv = wrap(nn.Conv2d(6, 6, 1))
+    groups = find_groups(sequential(conv), IMAGE.float())
+    assert not free(groups)
+    name = "WeightNorm" if "weight" in kind else "SpectralNorm"
+    assert all(f"1 is parametrized by {name}" in group.frozen for group in groups if group.name[0] in "01")
+    assert {group.name.split(".")[0] for group in groups} == {"0", "1", "4"}
+
+
+def test_pruning_masks_of_torch_are_followed():
+    model = sequential(nn.Conv2d(6, 6, 1))
+    prune.l1_unstructured(model[1], "weight", amount=0.5)
+    groups = find_groups(model, IMAGE.float())
+    assert free(groups) == {"0": 6, "1.weight_orig": 6}
+    assert ("1.weight_mask", 1) in {(member.name, member.dim) for member in groups[0].members}
+
+
+def scripted(build):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripting is deprecated, but users have scripted code
+        return torch.jit.script(build)
+
+
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 + 1
+
+
+def test_code_that_cannot_be_watched_is_a_barrier():
+    groups = find_groups(sequential(Call(scripted(twice))), IMAGE.float())
+    assert groups[0].frozen == "used by code that cannot be watched, in 1"
+
+
+def test_memory_shared_with_numpy_is_a_barrier():
+    groups = find_groups(sequential(Call(lambda x: torch.from_numpy(x.numpy()) + x)), IMAGE.float())
+    assert groups[0].frozen == "no rule for torch.Tensor.numpy, called in 1"
+
+
+@torch.library.custom_op("lowrank_nn_tests::gate", mutates_args=())
+def gate(x: torch.Tensor) -> torch.Tensor:
+    return x * x.sigmoid()
+
+
+def test_rules_for_operators_of_the_users_own(monkeypatch):
+    operator = torch.ops.lowrank_nn_tests.gate
+    monkeypatch.setitem(RULES, operator, None)  # taken out again afterwards
+    model = settled(sequential(Call(lambda x: gate(x))))
+    assert find_groups(model, IMAGE)[0].frozen == "no rule for lowrank_nn_tests.gate.default, called in 1"
+    register_rule(operator, like=torch.relu)
+    assert free(checked(model, IMAGE)) == {"0": 6}
+    register_rule(operator, lambda call: None)
+    assert find_groups(model, IMAGE)[0].frozen.startswith("no rule for")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"rule": lambda call: [[]], "like": torch.relu}, {"like": torch.fft.rfft}])
+def test_bad_registrations(arguments):
+    with pytest.raises(OptionError, match="register_rule"):
+        register_rule(gate, **arguments)
+
+
+def test_a_group_prints_what_it_removes():
+    (group, _) = find_groups(sequential(nn.BatchNorm2d(6)), IMAGE.float())
+    assert str(group).splitlines() == [
+        "0: 6 units, removable",
+        "  0.weight        dim 0  out      1 per unit",
+        "  0.bias          dim 0  out      1 per unit",
+        "  1.running_mean  dim 0  through  1 per unit",
+        "  1.running_var   dim 0  through  1 per unit",
+        "  1.weight        dim 0  through  1 per unit",
+        "  1.bias          dim 0  through  1 per unit",
+        "  4.weight        dim 1  in       1 per unit",
+    ]
+    assert isinstance(group, ChannelGroup)
+
+
+def test_a_part_that_must_stay_is_a_group_of_its_own():
+    model = sequential(Call(lambda x: torch.cat([x[:, :3] * torch.arange(1.0, 4)[:, None, None], x[:, 3:]], 1)))
+    groups = find_groups(model, IMAGE.float())
+    assert [(group.name, group.size, bool(group.frozen)) for group in groups] == [("0", 3, True), ("4", 4, True)]
+
+
+def test_errors():
+    with pytest.raises(PlanError, match="the forward failed"):
+        find_groups(sequential(), torch.randn(2, 5, 8, 8))
+    with pytest.raises(UnsupportedLayerError, match="compiled or scripted"):
+        find_groups(scripted(nn.ReLU()), IMAGE)
+
+
+def test_nothing_is_left_behind():
+    model = sequential(nn.BatchNorm2d(6), nn.Dropout(0.5)).train()
+    state, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    groups = [find_groups(model, IMAGE.float()) for _ in range(2)]
+    assert groups[0] == groups[1]
+    assert model.training
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_on_the_meta_device():
+    model, inputs = ZOO["mobilenet_v2"]()
+    assert find_groups(copy.deepcopy(model).to("meta"), inputs.to("meta")) == find_groups(model, inputs)
+
+
+@pytest.mark.cuda
+def test_on_cuda():
+    model, inputs = ZOO["vit"]()
+    assert find_groups(copy.deepcopy(model).cuda(), inputs.cuda()) == find_groups(model, inputs)
