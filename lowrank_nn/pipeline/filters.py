@@ -80,7 +80,8 @@ class FilterRemoval:
         notes = {group.name: group.frozen for group in wanted if group.frozen}
         notes |= {g.name: "the criterion says nothing about it" for g in wanted if not (g.frozen or g.name in scores)}
         if self.amount is None:
-            probe = removals_of(wanted, self.keep.choose(scores, _PROBED))
+            every = dataclasses.replace(self.keep, scope="layer")
+            probe = removals_of(wanted, every.choose(scores, _PROBED))
             notes |= self._prove(state, model, probe).refused
             scores = {name: values for name, values in scores.items() if name not in notes}
             additive = self.criterion in ADDITIVE

@@ -226,3 +226,20 @@ def test_filters_twice(net):
 def test_options_that_are_refused(options, message):
     with pytest.raises(OptionError, match=message):
         lnn.Prune(options.pop("amount", None), **options)
+
+
+def test_groups_that_a_budget_comes_to_last_are_tried_too(net):
+    """It is known beforehand that they cannot go, so no budget counts on them."""
+
+    class Baked(nn.Module):
+        def forward(self, x):
+            return x.reshape(len(x), 24, -1).reshape(x.shape[0], -1)
+
+    def last(model, group):
+        return torch.arange(group.size) + (1000 if group.name == "3" else 0)
+
+    net[5] = Baked()
+    step = lnn.Prune(granularity="filter", criterion=last)
+    assert widths(run(net, step, budget=lnn.Budget(params=0.13)).model) == [2, 24, 2, 4]
+    with pytest.raises(BudgetError, match="cannot be met by removing filters"):
+        run(net, step, budget=lnn.Budget(params=0.1))
