@@ -194,6 +194,18 @@ def test_obs_is_close_to_the_best_of_all_subsets_and_better_than_greedy():
     assert np.mean(worse) >= 1
 
 
+def test_inputs_that_belong_to_no_unit_stay_and_make_up_for_those_gone():
+    case = Case(units=9, size=2)
+    reader = Reader(case.reader.weight, case.reader.covariance, case.reader.curvature, case.features[[7, 0, 4, 2, 3]])
+    scores = obs_scores([reader])
+    units, gone = [7, 0, 4, 2, 3], []
+    for place in scores.argsort().tolist():
+        left = [u for u in range(9) if u not in gone]
+        costs = {u: case.refitted_error([k for k in left if k != u]) for u in units if u in left}
+        assert units[place] == min(costs, key=costs.get)
+        gone.append(units[place])
+
+
 def test_obs_of_several_readers_adds_their_costs():
     one, two = Case(units=5, size=1), Case(units=5, size=3)
     (first,) = removed_first(obs_scores([one.reader, two.reader]), 1)
