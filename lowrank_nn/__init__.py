@@ -26,6 +26,8 @@ from lowrank_nn.graph import fold_batchnorm as fold_batchnorm
 from lowrank_nn.graph import register_attributes as register_attributes
 from lowrank_nn.layers import LAYERS as LAYERS
 from lowrank_nn.layers import VBMF as VBMF
+from lowrank_nn.layers import BFloat16Conv2d as BFloat16Conv2d
+from lowrank_nn.layers import BFloat16Linear as BFloat16Linear
 from lowrank_nn.layers import BinaryConv2d as BinaryConv2d
 from lowrank_nn.layers import BinaryLinear as BinaryLinear
 from lowrank_nn.layers import CodebookConv2d as CodebookConv2d

@@ -22,6 +22,8 @@ from lowrank_nn.layers._shapes import CompressedLinear as CompressedLinear
 from lowrank_nn.layers._source import Source as Source
 from lowrank_nn.layers._source import read_layer as read_layer
 from lowrank_nn.layers.attention import NarrowMultiheadAttention as NarrowMultiheadAttention
+from lowrank_nn.layers.bfloat16 import BFloat16Conv2d as BFloat16Conv2d
+from lowrank_nn.layers.bfloat16 import BFloat16Linear as BFloat16Linear
 from lowrank_nn.layers.binary import BinaryConv2d as BinaryConv2d
 from lowrank_nn.layers.binary import BinaryLayer as BinaryLayer
 from lowrank_nn.layers.binary import BinaryLinear as BinaryLinear

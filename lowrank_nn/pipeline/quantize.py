@@ -5,18 +5,25 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from torch import nn
+
 from lowrank_nn.errors import CalibrationError, LowRankError, OptionError
 from lowrank_nn.graph import chain_quantized
-from lowrank_nn.layers import CompressedLayer, QuantConv2d, QuantLinear
+from lowrank_nn.layers import BFloat16Conv2d, BFloat16Linear, CompressedLayer, QuantConv2d, QuantLinear
 from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._kernel import obstacle
+from lowrank_nn.layers.bfloat16 import BFloat16Layer, bfloat16_obstacle
 from lowrank_nn.pipeline.apply import class_for, decide_layer
 from lowrank_nn.pipeline.fastest import slower_layers
 from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning.ranges import collect_input_ranges
 
-_CLASSES: tuple[type[CompressedLayer], ...] = (QuantConv2d, QuantLinear)
+_CLASSES: dict[bool, tuple[type[CompressedLayer], ...]] = {
+    True: (QuantConv2d, QuantLinear),
+    False: (BFloat16Conv2d, BFloat16Linear),
+}
+"""The classes of integers, and those of bfloat16."""
 
 
 class Quantize(Step):
@@ -27,7 +34,8 @@ class Quantize(Step):
     normalisations first (``FoldBatchNorm``): one that stands between layers is computed in floating point.
 
     Args:
-        weights: ``"int2"`` to ``"int8"``.
+        weights: ``"int2"`` to ``"int8"``; or ``"bf16"``, which takes no other option but ``where`` and ``but_not``:
+            half the bytes, and products in bfloat16 where the CPU has them, which needs no calibration.
         activations: ``"int2"`` to ``"int8"`` for the inputs of each layer, with ranges measured on the calibration
             batches of ``compress_model``; None leaves activations in floating point.
         scheme: ``"symmetric"`` (one scale per output channel) or ``"affine"`` (one scale and zero point per tensor).
@@ -39,7 +47,7 @@ class Quantize(Step):
 
     Raises:
         OptionError: ``weights`` or ``activations`` is not one of those names, or ``keep_fastest`` is set without
-            ``activations``.
+            ``activations``, or another option with ``"bf16"``.
     """
 
     def __init__(
@@ -53,7 +61,14 @@ class Quantize(Step):
         where: Patterns = "*",
         but_not: Patterns = (),
     ) -> None:
-        self.bits = _bits("weights", weights)
+        self.weights = weights
+        integers = weights != "bf16"
+        if not integers and (activations, scheme, observer, keep_fastest) != (None, "symmetric", "minmax", False):
+            raise OptionError(
+                "Quantize: 'bf16' takes no activations, scheme, observer or keep_fastest: inputs are rounded as they "
+                "are. Leave them out."
+            )
+        self.bits = _bits("weights", weights) if integers else 16
         self.activation_bits = None if activations is None else _bits("activations", activations)
         if keep_fastest and activations is None:
             raise OptionError(
@@ -64,6 +79,8 @@ class Quantize(Step):
         self.where, self.but_not = where, but_not
 
     def __repr__(self) -> str:
+        if self.weights == "bf16":
+            return "Quantize('bf16')"
         activations = "" if self.activation_bits is None else f", activations='int{self.activation_bits}'"
         fastest = ", keep_fastest=True" if self.keep_fastest else ""
         return f"Quantize('int{self.bits}'{activations}, scheme={self.scheme!r}{fastest})"
@@ -80,8 +97,11 @@ class Quantize(Step):
                 "Quantize: activations need calibration batches. Pass compress_model(..., calibration=batches), or "
                 "leave activations=None to quantize weights only."
             )
-        options = {"bits": self.bits, "scheme": self.scheme, "activation_bits": self.activation_bits}
-        fitting = {site.path: class_for(site, _CLASSES) for site in state.sites()}
+        integers = self.weights != "bf16"
+        options: dict[str, Any] = {}
+        if integers:
+            options = {"bits": self.bits, "scheme": self.scheme, "activation_bits": self.activation_bits}
+        fitting = {site.path: class_for(site, _CLASSES[integers]) for site in state.sites()}
         sites = [site for site in state.sites() if fitting[site.path] is not None]
         decisions = []
         for site in select(sites, self.where, self.but_not, "Quantize"):
@@ -96,12 +116,12 @@ class Quantize(Step):
     def execute(self, state: State, decisions: list[Decision]) -> None:
         """Replace the layers as decided, and let them hand integers to each other."""
         super().execute(state, decisions)
-        if self.activation_bits is None or state.dry:
+        if state.dry:
             return
-        chain_quantized(state.model, state.example_inputs)
+        if self.activation_bits is not None:
+            chain_quantized(state.model, state.example_inputs)
         for decision in decisions:
-            layer = state.model.get_submodule(decision.path)
-            reason = obstacle(layer) if isinstance(layer, IntegerLayer) else ""
+            reason = _obstacle(state.model.get_submodule(decision.path))
             if reason:
                 state.remark(decision.path, f"Quantize: simulated in floating point: {reason}")
 
@@ -128,8 +148,16 @@ class Quantize(Step):
         return {} if self.activation_bits is None else {"input_range": (0.0, 1.0)}
 
 
+def _obstacle(layer: nn.Module) -> str:
+    """Return why a layer that could run on other kernels than those of floats does not; empty if it does."""
+    if isinstance(layer, BFloat16Layer):
+        return bfloat16_obstacle(layer)
+    return obstacle(layer) if isinstance(layer, IntegerLayer) and layer.activation_bits is not None else ""
+
+
 def _bits(name: str, value: str) -> int:
     found = re.fullmatch(r"int([2-8])", value)
     if found is None:
-        raise OptionError(f"Quantize: {name} must be 'int2' to 'int8', got {value!r}.")
+        other = " or 'bf16'" if name == "weights" else ""
+        raise OptionError(f"Quantize: {name} must be 'int2' to 'int8'{other}, got {value!r}.")
     return int(found[1])

@@ -109,8 +109,9 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 
 def _codes(module: nn.Module) -> list[Tensor]:
-    """Weights that are stored as integers; tables beside them (scales, masks) are no parameters."""
-    return [b for b in module.buffers(recurse=False) if b.dtype in (torch.int8, torch.uint8) and b.dim() > 1]
+    """Weights that are stored as integers or in bfloat16; tables beside them (scales, masks) are no parameters."""
+    kinds = (torch.int8, torch.uint8, torch.bfloat16)
+    return [b for b in module.buffers(recurse=False) if b.dtype in kinds and b.dim() > 1]
 
 
 def _saved_bytes(module: nn.Module) -> int:
