@@ -116,14 +116,14 @@ class FilterRemoval:
 
     def _remove(self, state: State, removals: Sequence[Removal]) -> None:
         """Remove units, and make the best of what is left."""
+        before = None
+        if self._refits(state) and removals:
+            before = copy.deepcopy(state.model) if changed_since_given(state) else state.dense
         if self.criterion == "similar":
             merge_similar_(state.model, removals)
-        if not (self._refits(state) and removals):
-            _take_away(state.model, removals, state)
-            return
-        before = copy.deepcopy(state.model) if changed_since_given(state) else state.dense
         _take_away(state.model, removals, state)
-        refit_readers(state, before, removals)
+        if before is not None:
+            refit_readers(state, before, removals)
 
     def _refits(self, state: State) -> bool:
         return self.reconstruct and state.calibration is not None

@@ -110,6 +110,16 @@ def test_similar_units_are_merged_without_data():
         assert error(model, result.model, x) < 1e-9
 
 
+def test_merging_and_refitting_together_keep_the_target():
+    model, x = chain(), images(48, 3, 8)
+    with torch.no_grad():
+        for tensor in (model[0].weight, model[1].weight, model[1].bias):
+            tensor[8:] = tensor[:4]
+    step = lnn.Prune(4 / 12, granularity="filter", criterion="similar", where="0")
+    result = run(model, x, step, calibration=[x[:24], x[24:]])
+    assert error(model, result.model, images(16, 3, 8)) < 1e-6
+
+
 def test_factorised_layers_that_lost_channels_are_refitted():
     model, x = chain(), images(48, 3, 8)
     lowrank = lnn.Apply(lnn.TuckerConv2d, where="3", rank=(8, 6))
