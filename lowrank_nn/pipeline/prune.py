@@ -47,7 +47,9 @@ class Prune(Step):
             like); with calibration data ``"activation"``, ``"apoz"``, ``"lasso"``, ``"thinet"``, ``"obs"``; or a
             function ``criterion(model, group)``; see :func:`lowrank_nn.unit_importance`.
         scope: For filters: ``"layer"`` takes ``amount`` of every group of layers, ``"global"`` the least important of
-            all groups; by default the former with an amount, the latter with a budget.
+            all groups; by default the former with an amount, the latter with a budget. With a budget, criteria that
+            estimate what is lost (``"taylor"``, ``"obd"``, ``"lasso"``, ``"thinet"``, ``"obs"``) count per share of the
+            budget that is saved.
         round_to: For filters: what the number of those that stay in a layer is a multiple of.
         min_keep: For filters: share of each group that stays at least; one always does.
         where: Shell patterns on dotted paths of the layers wanted. A filter goes only if all layers that compute a part

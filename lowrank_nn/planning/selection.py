@@ -158,23 +158,6 @@ def obs_scores(readers: Sequence[Reader]) -> Tensor:
     return _one_by_one(len(readers[0].features), costs, remove, readers[0].weight)
 
 
-def least_squares(weight: Tensor, covariance: Tensor, kept: Tensor) -> Tensor:
-    """Return the weight that is zero but for the kept inputs and comes nearest: W_S = W C_:S (C_SS)^-1.
-
-    It minimises tr(H D C D^T) over D = W - W_S for every H.
-
-    Args:
-        weight: W, (groups, o, p).
-        covariance: C, (groups, p, p), positive definite.
-        kept: Which inputs are kept, bool (p,).
-    """
-    part = covariance[:, kept][:, :, kept]
-    solved = torch.cholesky_solve((weight @ covariance[:, :, kept]).mT, torch.linalg.cholesky(part)).mT
-    full = torch.zeros_like(weight)
-    full[:, :, kept] = solved
-    return full
-
-
 class _Elimination:
     """One reader while its units go: D = W^T H W of the updated weights, and the inverse P of what is left of C."""
 

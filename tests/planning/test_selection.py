@@ -11,7 +11,7 @@ from torch import nn
 from lowrank_nn.decompose import Metric
 from lowrank_nn.planning import collect_metrics
 from lowrank_nn.planning.lasso_path import lasso_path
-from lowrank_nn.planning.selection import Reader, gram, greedy_scores, lasso_scores, least_squares, obs_scores
+from lowrank_nn.planning.selection import Reader, gram, greedy_scores, lasso_scores, obs_scores
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -211,14 +211,6 @@ def test_obs_of_several_readers_adds_their_costs():
     (first,) = removed_first(obs_scores([one.reader, two.reader]), 1)
     every = set(range(5))
     assert first == min(every, key=lambda u: one.refitted_error(every - {u}) + two.refitted_error(every - {u}))
-
-
-def test_least_squares_is_numpys():
-    case = Case(units=6, size=2)
-    kept = case.kept([0, 2, 5])
-    weight = least_squares(case.reader.weight, case.reader.covariance, kept)[0]
-    assert case.error(weight) == pytest.approx(case.refitted_error([0, 2, 5]), rel=1e-8)
-    assert float(weight[:, ~kept].abs().max()) == 0
 
 
 @pytest.mark.cuda
