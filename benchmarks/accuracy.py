@@ -12,6 +12,7 @@ cross-entropy, AdamW, warm-up and cosine). Accuracy is that on all test images, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -62,16 +63,22 @@ class Study:
 
 
 def without_training(study: Study, times: list[float], names: list[str]) -> None:
-    """Print accuracy by method and budget, and the seconds that all budgets of a method took together."""
-    head = ["method", *(f"{t:g}x" for t in times), "seconds"]
+    """Print accuracy by method and budget, and the seconds that all budgets of a method took together.
+
+    A dash stands for budgets that the method cannot meet.
+    """
+    head = ["method", *(f"{t:g}x" for t in sorted(times)), "seconds"]
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head), flush=True)
     for name in names:
         cells, seconds = [], 0.0
-        start = time.perf_counter()
-        for result in study.compress((lnn.Budget(params=1 / t) for t in times), **methods()[name]):
-            seconds += time.perf_counter() - start
-            cells.append(f"{study.accuracy(result.model):.2f}")
+        results = study.compress((lnn.Budget(params=1 / t) for t in sorted(times)), **methods()[name])
+        with contextlib.suppress(lnn.BudgetError):
             start = time.perf_counter()
+            for result in results:
+                seconds += time.perf_counter() - start
+                cells.append(f"{study.accuracy(result.model):.2f}")
+                start = time.perf_counter()
+        cells += ["-"] * (len(times) - len(cells))
         print(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |", flush=True)
 
 
