@@ -99,8 +99,8 @@ def reconstruct(
             shared=[small.get_buffer(f"{link.norm}.running_mean") for link in task.links.values() if link.norm],
             seed=seed,
         )
-    unseen = {path: "as fitted at first: no batch reaches it" for path in task.links if path not in task.visited}
-    several = {path: "as fitted at first: not called exactly once in a forward" for path in paths if path not in links}
+    unseen = {path: "not refitted: no batch reaches it" for path in task.links if path not in task.visited}
+    several = {path: "not refitted: not called exactly once in a forward" for path in paths if path not in links}
     return task.notes | unseen | several
 
 
@@ -139,9 +139,9 @@ class _Task:
         for x, target in _examples(layer, pairs, self._outputs.get(path), self._scale(path)):
             sums.add(x, target)
         if not sums.images:
-            self.notes[path] = "as fitted at first: no batch reaches it in both networks"
+            self.notes[path] = "not refitted: no batch reaches it in both networks"
         elif not sums.are_finite():
-            self.notes[path] = "as fitted at first: NaN or infinite values reach it"
+            self.notes[path] = "not refitted: NaN or infinite values reach it"
         else:
             try:
                 self._treat(path, layer, new, sums)

@@ -42,7 +42,11 @@ def refit_readers(state: State, before: nn.Module, removals: Sequence[Removal]) 
         seed=state.seed,
         progress=state.progress,
     )
-    notes |= {path: "as it was: its kind is not refitted" for path in paths if path not in fitting}
+    notes |= {
+        path: "not refitted: it is neither an nn.Conv2d, an nn.Linear nor a low-rank layer"
+        for path in paths
+        if path not in fitting
+    }
     for path, note in notes.items():
         state.remark(path, f"Prune: {note}")
 

@@ -253,7 +253,7 @@ def test_layers_called_several_times_stay_as_they_are():
     small = compressed(dense, dict.fromkeys(("block.0", "tail"), (TuckerConv2d, (3, 3))))
     before, block = error(dense, small, batches), copy.deepcopy(small.block.state_dict())
     notes = reconstruct(dense, small, batches, ["block.0", "tail"], links=find_links(dense, batches[0]))
-    assert notes == {"block.0": "as fitted at first: not called exactly once in a forward"}
+    assert notes == {"block.0": "not refitted: not called exactly once in a forward"}
     assert error(dense, small, batches) < before
     assert all(torch.equal(value, block[key]) for key, value in small.block.state_dict().items())
 
@@ -273,7 +273,7 @@ def test_layers_that_no_batch_reaches():
     small = compressed(dense, {"bright": (SVDLinear, 2), "dark": (SVDLinear, 2)})
     batch = {"image": image - image.mean() + 1, "options": options}
     notes = reconstruct(dense, small, batch, ["bright", "dark"], links=links)
-    assert notes == {"dark": "as fitted at first: no batch reaches it"}
+    assert notes == {"dark": "not refitted: no batch reaches it"}
 
 
 class Forks(nn.Module):
@@ -296,7 +296,7 @@ def test_layers_that_only_one_of_the_networks_calls():
     small = compressed(dense, {"one": (SVDLinear, 2), "two": (SVDLinear, 2)})
     small.limit = 1.0
     notes = reconstruct(dense, small, [x], ["one", "two"], links=links)
-    assert notes == dict.fromkeys(("one", "two"), "as fitted at first: no batch reaches it in both networks")
+    assert notes == dict.fromkeys(("one", "two"), "not refitted: no batch reaches it in both networks")
 
 
 def test_values_that_are_not_finite():
@@ -306,7 +306,7 @@ def test_values_that_are_not_finite():
     before = copy.deepcopy(small.state_dict())
     x[3, 2] = torch.nan
     notes = reconstruct(dense, small, [x], ["1"], links=find_links(dense, x))
-    assert notes == {"1": "as fitted at first: NaN or infinite values reach it"}
+    assert notes == {"1": "not refitted: NaN or infinite values reach it"}
     assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items())
 
 
