@@ -27,7 +27,9 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 def hash_buckets(count: int, buckets: int, seed: int) -> NDArray[np.int32]:
     """Return bucket and sign of the numbers 0 to ``count`` - 1: the bucket, plus ``buckets`` where the sign is -1.
 
-    The hash is SplitMix64, whose upper bit is the sign: files hold nothing of it, so it must never change.
+    Numbers are dealt out to the buckets in the order of their hashes (SplitMix64), so that all are equally full: by the
+    hash alone a bucket of k numbers on average would be empty, and its value wasted, with probability e^-k. The lowest
+    bit of the hash is the sign. Files hold nothing of this, so it must never change.
 
     Args:
         count: How many numbers.
@@ -40,9 +42,10 @@ def hash_buckets(count: int, buckets: int, seed: int) -> NDArray[np.int32]:
     # Arithmetic of unsigned numbers wraps around, as it is meant to.
     state = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + _mixed(np.array([seed], np.uint64))
     hashed = _mixed(state)
-    bucket = (hashed >> np.uint64(1)) % np.uint64(buckets)
-    negative = hashed & np.uint64(1)
-    return (bucket + negative * np.uint64(buckets)).astype(np.int32)
+    bucket = np.empty(count, np.int64)
+    bucket[np.argsort(hashed, kind="stable")] = np.arange(count) % buckets
+    negative = (hashed & np.uint64(1)).astype(np.int64)
+    return (bucket + negative * buckets).astype(np.int32)
 
 
 def _mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -37,22 +37,23 @@ def test_the_output_function_is_that_of_the_paper():
 
 @pytest.mark.parametrize(("buckets", "seed"), [(1, 0), (7, 0), (1000, 12345)])
 def test_buckets_and_signs_are_those_of_the_hash(buckets, seed):
-    expected = []
-    for place in range(1, 51):
-        hashed = mixed(place * 0x9E3779B97F4A7C15 + mixed(seed) & WORD)
-        expected.append((hashed >> 1) % buckets + (hashed & 1) * buckets)
+    hashes = [mixed(place * 0x9E3779B97F4A7C15 + mixed(seed) & WORD) for place in range(1, 51)]
+    ranks = [sorted(hashes).index(value) for value in hashes]
+    expected = [rank % buckets + (value & 1) * buckets for rank, value in zip(ranks, hashes, strict=True)]
     assert hash_buckets(50, buckets, seed).tolist() == expected
 
 
 def test_the_hash_of_saved_files_does_not_change():
-    assert hash_buckets(8, 10, 0).tolist() == [17, 0, 19, 2, 13, 5, 16, 0]
+    assert hash_buckets(8, 3, 0).tolist() == [3, 1, 3, 1, 4, 0, 5, 2]
 
 
 def test_buckets_are_equally_full_and_signs_balanced():
-    hashed = hash_buckets(100_000, 50, seed=1)
-    counts = np.bincount(hashed, minlength=100)
-    assert stats.chisquare(counts).pvalue > 1e-3
-    other = hash_buckets(100_000, 50, seed=2)
+    hashed = hash_buckets(100_001, 50, seed=1)
+    assert set(np.bincount(hashed % 50)) == {2000, 2001}
+    assert stats.binomtest(int((hashed < 50).sum()), 100_001).pvalue > 1e-3
+    columns = np.histogram2d(np.arange(100_001) % 64, hashed % 50, bins=(64, 50))[0]
+    assert stats.chi2_contingency(columns).pvalue > 1e-3  # buckets do not follow the place
+    other = hash_buckets(100_001, 50, seed=2)
     table = np.histogram2d(hashed % 50, other % 50, bins=50)[0]
     assert stats.chi2_contingency(table).pvalue > 1e-3  # seeds are independent
 
