@@ -160,5 +160,35 @@ def cifar_resnet_from(state: dict[str, Tensor]) -> CifarResNet:
     return model.eval()
 
 
+class InvertedResidual(nn.Module):
+    """1x1 to more channels, 3x3 depthwise, 1x1 back without an activation; a shortcut where the shape stays."""
+
+    def __init__(self, channels: int, width: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = expansion * channels
+        layers: list[nn.Module] = [*_conv_bn(channels, hidden, 1), nn.ReLU6()] if expansion > 1 else []
+        depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
+        layers += [depthwise, nn.BatchNorm2d(hidden), nn.ReLU6(), *_conv_bn(hidden, width, 1)]
+        self.body = nn.Sequential(*layers)
+        self.adds = stride == 1 and channels == width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, channels, H, W) to (N, width, H / stride, W / stride)."""
+        return x + self.body(x) if self.adds else self.body(x)
+
+
+def mobilenet_v2() -> nn.Module:
+    """MobileNetV2 (Sandler et al. 2018), input 224 x 224."""
+    layers: list[nn.Module] = [*_conv_bn(3, 32, 3, 2), nn.ReLU6()]
+    channels = 32
+    stages = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+    for expansion, width, depth, stride in stages:
+        for index in range(depth):
+            layers.append(InvertedResidual(channels, width, stride if index == 0 else 1, expansion))
+            channels = width
+    layers += [*_conv_bn(channels, 1280, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, 1000)]
+    return nn.Sequential(*layers)
+
+
 def _conv_bn(channels: int, width: int, kernel: int, stride: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     return nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width)
