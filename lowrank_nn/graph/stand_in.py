@@ -31,7 +31,7 @@ def stand_in(dense: nn.Module, replaced: Mapping[str, CompressedLayer]) -> nn.Mo
 
 
 @torch.no_grad()
-def with_numbers(bare: nn.Module, given: nn.Module) -> nn.Module:
+def with_numbers(bare: nn.Module, given: nn.Module, *, fit: bool = True) -> nn.Module:
     """Return a copy of ``bare``, with numbers as far as they are known without data.
 
     Tensors come from ``given`` where it has one of that name and shape, and compressed layers are made anew from the
@@ -40,6 +40,7 @@ def with_numbers(bare: nn.Module, given: nn.Module) -> nn.Module:
     Args:
         bare: The model without numbers: ``given`` after steps of a recipe, on the meta device.
         given: The model with numbers; not changed, and it shares no memory with the copy.
+        fit: Whether compressed layers are fitted to these weights, which takes time, or filled at random.
     """
     known = dict(given.named_parameters(remove_duplicate=False)) | dict(given.named_buffers(remove_duplicate=False))
     device = next((tensor.device for tensor in known.values()), torch.device("cpu"))
@@ -58,7 +59,7 @@ def with_numbers(bare: nn.Module, given: nn.Module) -> nn.Module:
     model = copy.deepcopy(bare, memo)
     for path, layer in model.named_modules():
         if isinstance(layer, CompressedLayer) and any(_is_inside(name, path) for name in made):
-            _make_from(layer, given, path)
+            _make_from(layer, given, path, fit)
     return model
 
 
@@ -66,12 +67,11 @@ def _is_inside(name: str, path: str) -> bool:
     return not path or name.startswith(f"{path}.")
 
 
-def _make_from(layer: CompressedLayer, given: nn.Module, path: str) -> None:
+def _make_from(layer: CompressedLayer, given: nn.Module, path: str, fit: bool) -> None:
     """Fill a compressed layer from the layer that stands in its place, and a part of another one at random."""
     layer.reset_parameters()
-    try:
-        source = given.get_submodule(path)
-    except AttributeError:
+    source = dict(given.named_modules(remove_duplicate=False)).get(path)
+    if source is None or not fit:
         return
     weight, bias = source.weight, source.bias
     assert isinstance(weight, Tensor)

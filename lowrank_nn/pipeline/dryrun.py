@@ -68,7 +68,7 @@ class DryRun:
         touched = {site.path for site in dense.sites if self.state.is_resized(site.path)}
         for step, decisions in zip(self.steps, self.decisions, strict=True):
             for decision in decisions:
-                smaller = isinstance(decision, FilterDecision) and decision.path in touched
+                smaller = isinstance(decision, FilterDecision) and self.state.is_resized(decision.path)
                 if decision.note and not smaller:
                     reason = f"{type(step).__name__}: {decision.note.rstrip('.')}"
                     reasons.setdefault(reason, []).append(decision.path)

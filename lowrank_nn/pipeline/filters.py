@@ -72,7 +72,7 @@ class FilterRemoval:
             PlanError: A pattern matches nothing, there is neither an amount nor a budget, or the model fails.
             BudgetError: The budget cannot be met.
         """
-        model = _numbers_of(state)
+        model = self._numbers_of(state)
         groups = _cached(state, "groups", lambda: find_groups(model, state.example_inputs))
         wanted = self._wanted(state, groups)
         open_groups = [group for group in wanted if not group.frozen]
@@ -97,7 +97,7 @@ class FilterRemoval:
         removals = [d.removal for d in decisions if isinstance(d, FilterDecision) and d.removal is not None]
         if state.dry:
             smaller, recording, channels = _cached(
-                state, ("shrunk", *removals), lambda: _shrunk(_numbers_of(state), removals, state)
+                state, ("shrunk", *removals), lambda: _shrunk(self._numbers_of(state), removals, state)
             )
             remove_units(state.model, removals)
             resize_free_norms(state.model, channels)
@@ -113,6 +113,12 @@ class FilterRemoval:
         for decision in decisions:
             if decision.note and state.is_resized(decision.path):
                 state.remark(decision.path, f"Prune: all output channels stay: {decision.note}")
+
+    def _numbers_of(self, state: State) -> nn.Module:
+        """Return a copy of the model of a dry run with numbers."""
+        # Where every group loses the same share, numbers only tell what runs; later ones tell which units go.
+        fit = self.keep.scope == "global"
+        return _cached(state, ("numbers", fit), lambda: with_numbers(state.model, state.base[0], fit=fit))
 
     def _remove(self, state: State, removals: Sequence[Removal]) -> None:
         """Remove units, and make the best of what is left."""
@@ -164,11 +170,6 @@ class FilterRemoval:
             Removal(r.group, least_important(scores[r.group.name], len(r.units)) if r.group.name in scores else r.units)
             for r in removals
         ]
-
-
-def _numbers_of(state: State) -> nn.Module:
-    """Return a copy of the model of a dry run with numbers: given weights, or what compressed layers make of them."""
-    return _cached(state, "numbers", lambda: with_numbers(state.model, state.base[0]))
 
 
 def _shrunk(model: nn.Module, removals: Sequence[Removal], state: State) -> tuple[nn.Module, Recording, dict[str, int]]:

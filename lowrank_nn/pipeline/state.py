@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from lowrank_nn.cost import Cost
 from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Recording, Site, model_cost, replace_module
+from lowrank_nn.graph.attributes import resized_attributes
 from lowrank_nn.graph.derive import derive_recording
 from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.planning import Budget, Candidate, Clock
@@ -122,11 +123,9 @@ class State:
         return self.base[0].get_submodule(site.path)
 
     def is_resized(self, path: str) -> bool:
-        """Whether the layer at ``path`` is of the class that was given there, and of another size."""
-        old, new = (dict(net.named_modules(remove_duplicate=False)).get(path) for net in (self.dense, self.model))
-        if old is None or new is None or type(old) is not type(new):
-            return False
-        return [p.shape for p in old.parameters()] != [p.shape for p in new.parameters()]
+        """Whether the layer at ``path`` has lost channels."""
+        module = dict(self.model.named_modules(remove_duplicate=False)).get(path)
+        return module is not None and resized_attributes(module) is not None
 
     def replace(self, path: str, new: nn.Module) -> None:
         """Put ``new`` in the place of the layer at ``path``, under all its names."""
