@@ -184,9 +184,9 @@ def _widest(model: nn.Module, example_inputs: Any, seed: int) -> tuple[nn.Module
     failure: Exception | None = None
     for wide in (True, False):
         candidate, inputs = copy.deepcopy(model), example_inputs
-        if wide:
-            candidate, inputs = candidate.double(), map_tensors(_double, inputs)
         try:
+            if wide:  # not every device has it
+                candidate, inputs = candidate.double(), map_tensors(_double, inputs)
             with evaluating(candidate):
                 _prepare(seed)
                 call_model(candidate, inputs)

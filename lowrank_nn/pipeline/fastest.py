@@ -54,7 +54,7 @@ def slower_layers(state: State, decisions: Sequence[Decision], *, timer: Timer =
 
 def _stand_ins(state: State, replaced: Sequence[Decision]) -> tuple[nn.Module, nn.Module]:
     """Return the model as it is and with everything quantized, with numbers that take as long as the right ones."""
-    before = with_numbers(state.model, state.dense).eval()
+    before = with_numbers(state.model, state.base[0]).eval()
     after = copy.deepcopy(before)
     for decision in replaced:
         layer = build(decision, after.get_submodule(decision.path), {"input_range": _AFTER_RELU})
