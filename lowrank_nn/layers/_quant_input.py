@@ -13,6 +13,7 @@ from lowrank_nn.errors import CalibrationError, OptionError
 from lowrank_nn.layers._affine import Grid, affine_parameters, fake_quantize, unsigned_grid
 from lowrank_nn.layers._base import CompressedLayer
 from lowrank_nn.layers._observers import make_observer
+from lowrank_nn.layers._qdq import exports_pairs, quantize_dequantize
 
 
 class QuantizedInputLayer(CompressedLayer):
@@ -71,7 +72,11 @@ class QuantizedInputLayer(CompressedLayer):
     def _quantized_input(self, x: Tensor) -> Tensor:
         if self.activation_bits is None:
             return x
-        return fake_quantize(x, *self._input_grid("forward"))
+        scale, zero_point, grid = self._input_grid("forward")
+        # QuantizeLinear clips to the whole byte.
+        if self.activation_bits == 8 and exports_pairs(scale):
+            return quantize_dequantize(x, scale, zero_point)
+        return fake_quantize(x, scale, zero_point, grid)
 
     def _input_grid(self, method: str) -> tuple[Tensor, Tensor, Grid]:
         """Return scale, zero point and grid of the quantized input, which ``method`` needs."""

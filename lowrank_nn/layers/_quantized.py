@@ -27,6 +27,7 @@ from lowrank_nn.layers._base import Packing
 from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._masks import keep_largest
 from lowrank_nn.layers._pruned import PrunedLayer, sparsity_options
+from lowrank_nn.layers._qdq import dequantize_weight, exports_pairs
 from lowrank_nn.layers._quant_input import check_calibration
 from lowrank_nn.layers._shapes import draw_bias_
 from lowrank_nn.layers._source import read_layer
@@ -229,6 +230,8 @@ class QuantLayer(IntegerLayer):
         """Return the weight of the stored kernel's shape: numbers on the grid; straight-through gradients."""
         if self.frozen:
             codes, scale, zero_point = self.integer_weight()
+            if exports_pairs(scale):
+                return dequantize_weight(codes, scale, zero_point)
             return dequantize(codes, self._per_channel(scale), zero_point)
         assert self.latent is not None
         kernel = self._masked(self.latent)
