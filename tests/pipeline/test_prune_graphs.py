@@ -147,3 +147,30 @@ def test_groups_of_the_smaller_network_are_those_of_the_whole_one():
     before, after = (find_groups(net, inputs) for net in (model, half(model, inputs).model))
     assert [group.name for group in before] == [group.name for group in after]
     assert all(a.size == b.size if b.frozen else a.size == b.size // 2 for a, b in zip(after, before, strict=True))
+
+
+class GroupedQueries(nn.Module):
+    """Two heads of keys and values, each for two heads of queries; sizes as attributes, as such modules keep them."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim, self.inner_dim = 4, 2, 3, 12
+        self.query, self.key, self.value = nn.Linear(8, 12), nn.Linear(8, 6), nn.Linear(8, 6)
+        self.out = nn.Linear(12, 8)
+
+    def forward(self, x):
+        q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = (
+            layer(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2).repeat_interleave(2, 1)
+            for layer in (self.key, self.value)
+        )
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.out(y.reshape(*x.shape[:2], self.inner_dim))
+
+
+def test_heads_of_grouped_queries():
+    model, x = GroupedQueries().eval(), torch.randn(2, 5, 8)
+    small = half(model, x).model
+    assert (small.num_heads, small.num_kv_heads, small.inner_dim) == (2, 1, 6)
+    assert [layer.out_features for layer in (small.query, small.key, small.value)] == [6, 3, 3]
+    assert small(x).shape == x.shape
