@@ -159,24 +159,25 @@ class _Follower(ForwardWatch):
         known = {key: self.read(tensor) for key, tensor in seen.items()}
         versions = {key: _version(tensor) for key, tensor in seen.items()}
         result = func(*args, **kwargs)
+        made = args[0] if func is Tensor.__setitem__ else result
         where = f"{short_name(func)} in {self._path}"
-        outcome = None if rule is None else rule(Call(self.units, func, args, kwargs, result, where, known))
+        outcome = None if rule is None else rule(Call(self.units, func, args, kwargs, made, where, known))
         if outcome is None:
             for labels in known.values():
                 self.units.freeze(labels.ids(), f"no rule for {full_name(func)}, called in {self._path}")
             outcome = [[]]
         finished: list[Planes] | Callable[[], list[Planes]] = outcome
-        made = functools.cache(lambda: finished() if callable(finished) else finished)
+        planes = functools.cache(lambda: finished() if callable(finished) else finished)
         origins = [labels.constant for labels in known.values()]
         constant = max(origins, default=0) if all(origins) else 0
-        for index, tensor in enumerate(tensors(result)):
-            labels_of = functools.partial(self._labels, tuple(tensor.shape), made, index, constant)
+        for index, tensor in enumerate(tensors(made)):
+            labels_of = functools.partial(self._labels, tuple(tensor.shape), planes, index, constant)
             if id(tensor) not in seen:
                 self._write(tensor, labels_of)
             elif _version(tensor) != versions.pop(id(tensor), None):
                 self._change(tensor, known[id(tensor)], labels_of())
-        for key, version in versions.items():
-            if _version(seen[key]) != version:
+        for key in versions:
+            if _version(seen[key]) != self._known[seen[key]].version:
                 self._change(seen[key], known[key], Labels(known[key].shape))
         return result
 
@@ -195,7 +196,8 @@ class _Follower(ForwardWatch):
         storage = _storage(tensor)
         everything = self._known.items()  # type: ignore[no-untyped-call]
         others = [known for t, known in everything if known.storage == storage and t is not tensor]
-        same = len(before.planes) == len(after.planes) and all(map(torch.equal, before.planes, after.planes))
+        old, new = ([p for p in labels.planes if not self.units.stay(p)] for labels in (before, after))
+        same = len(old) == len(new) and all(map(torch.equal, old, new))
         if same:
             for known in others:
                 known.version = _version(tensor)

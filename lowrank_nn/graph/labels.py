@@ -79,7 +79,7 @@ def merge(units: Units, operands: Sequence[Labels], where: str) -> list[Tensor]:
     Ids at the same place are united. An operand of size 1 along the dimensions on which a plane varies says nothing
     about it; one that has all those elements, and no units for them, freezes the plane.
     """
-    planes = [(index, plane) for index, labels in enumerate(operands) for plane in labels.planes]
+    planes = [(index, plane) for index, labels in enumerate(operands) for plane in _that_go(units, labels.planes)]
     planes = _choose_dims(units, planes, where)
     merged: list[tuple[Tensor, set[int]]] = []
     for index, plane in planes:
@@ -97,6 +97,13 @@ def merge(units: Units, operands: Sequence[Labels], where: str) -> list[Tensor]:
         if kept is not None and (kept := compact(units, kept, where)) is not None:
             result.append(kept)
     return result
+
+
+def _that_go(units: Units, planes: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the planes but for those that stay in any case where two of them vary along the same dimension."""
+    if sum(map(len, map(support, planes))) == len(frozenset().union(*map(support, planes))):
+        return planes
+    return [plane for plane in planes if not units.stay(plane)]
 
 
 def _choose_dims(units: Units, planes: list[tuple[int, Tensor]], where: str) -> list[tuple[int, Tensor]]:

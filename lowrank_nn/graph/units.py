@@ -95,6 +95,13 @@ class Units:
         if ids.numel():
             self.frozen.append((ids, reason))
 
+    def stay(self, ids: Tensor) -> bool:
+        """Whether all of ``ids`` are frozen."""
+        return bool(torch.isin(self.roots(ids), self._frozen_roots()).all())
+
+    def _frozen_roots(self) -> Tensor:
+        return self.roots(torch.cat([torch.zeros(1, dtype=torch.int64), *(ids for ids, _ in self.frozen)]))
+
     def reasons(self) -> dict[int, str]:
         """Return by root the first reason why it is frozen."""
         reasons: dict[int, str] = {}
@@ -123,9 +130,9 @@ class Units:
 
     def _is_sliced(self, box: Tensor) -> bool:
         """Whether every unit that can go takes whole slices of ``box``."""
-        frozen = self.roots(torch.cat([torch.zeros(1, dtype=torch.int64), *(ids for ids, _ in self.frozen)]))
         roots = self.roots(box)
-        units, inverse = torch.unique(torch.where(torch.isin(roots, frozen), 0, roots), return_inverse=True)
+        goes = ~torch.isin(roots, self._frozen_roots())
+        units, inverse = torch.unique(torch.where(goes, roots, 0), return_inverse=True)
         counts = torch.bincount(inverse.reshape(-1))
         whole = units == 0
         for dim, size in enumerate(box.shape):

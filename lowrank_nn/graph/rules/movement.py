@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_nn.graph.inputs import tensors
-from lowrank_nn.graph.labels import Labels, compact, concatenate, mix, move, split_dim, support
-from lowrank_nn.graph.rules._call import RULES, Call, Planes, normal_dims, rule_for
+from lowrank_nn.graph.labels import Labels, compact, concatenate, merge, mix, move, split_dim, support
+from lowrank_nn.graph.rules._call import RULES, Call, Planes, aligned, normal_dims, rule_for
 
 RESHAPES: dict[Any, Any] = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}
 """Expanded labels do not have the strides that a view may ask for."""
@@ -125,14 +125,18 @@ def unbind(call: Call) -> list[Planes]:
 @rule_for("select index_select gather take_along_dim")
 def select(call: Call) -> list[Planes]:
     """Positions along a dimension, by number."""
+    _keep_indices(call, [call.args[1:], call.kwargs])
     dim = call.argument(2 if call.function is torch.take_along_dim else 1, "dim")
     return moved(call, _read_by_number(call, call.first, normal_dims(dim, len(call.first.shape))))
 
 
+def _keep_indices(call: Call, indices: Any) -> None:
+    for tensor in tensors(indices):
+        call.units.freeze(call.labels(tensor).ids(), f"used as an index by {call.where}")
+
+
 def _read_by_number(call: Call, labels: Labels, dims: Sequence[int]) -> Labels:
     """Unite all along ``dims``: after a removal the numbers would mean other positions."""
-    for tensor in tensors([*call.args[1:], call.kwargs]):
-        call.units.freeze(call.labels(tensor).ids(), f"used as an index by {call.where}")
     planes = []
     for plane in labels.planes:
         if support(plane) & set(dims):
@@ -175,11 +179,27 @@ def _slice(call: Call, labels: Labels, dim: int, part: slice) -> Labels:
 @rule_for("__getitem__")
 def getitem(call: Call) -> list[Planes]:
     """Slices as parts, all other indices by number."""
+    _keep_indices(call, call.args[1])
     labels = call.first
     for dim, index in _indices(call.args[1], len(labels.shape)):
         sliced = isinstance(index, slice)
         labels = _slice(call, labels, dim, index) if sliced else _read_by_number(call, labels, [dim])
     return moved(call, labels)
+
+
+@rule_for("__setitem__")
+def setitem(call: Call) -> list[Planes]:
+    """Part of a tensor becomes another one: what meets goes together, and the tensor's own units stay what they are."""
+    index, value = call.args[1], call.labels(call.args[2])
+    _keep_indices(call, index)
+    whole = slice(None)
+    numbered = [dim for dim, part in _indices(index, len(call.first.shape)) if part != whole]
+    target = _read_by_number(call, call.first, numbered)
+    part = call.args[0][index]
+    moved_planes = move(call.units, target, lambda ids: [ids[_on_cpu(index)]], call.where) or [[]]
+    written = Labels(tuple(part.shape), tuple(moved_planes[0]))
+    merge(call.units, [written, aligned(value, len(written.shape))], call.where)
+    return [list(target.planes)]
 
 
 def _indices(index: Any, dims: int) -> Iterator[tuple[int, Any]]:
