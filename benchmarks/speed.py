@@ -78,8 +78,8 @@ def in_channels_last(model: nn.Module) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def engines(model: nn.Module, x: Tensor) -> dict[str, Forward]:
-    """Return other ways to run the float32 model: torch.compile and onnxruntime, as far as they are there."""
+def engines(model: nn.Module, quantized: dict[str, nn.Module], x: Tensor) -> dict[str, Forward]:
+    """Return other ways to run the models: torch.compile and onnxruntime, as far as they are there."""
     found: dict[str, Forward] = {}
     folded = lnn.fold_batchnorm(model, x)
     try:
@@ -91,6 +91,9 @@ def engines(model: nn.Module, x: Tensor) -> dict[str, Forward]:
         warnings.warn(f"torch.compile does not work here: {type(error).__name__}", stacklevel=1)
     try:
         found["onnxruntime"] = onnx_forward(folded, x)
+        for name in ("int8", "Tucker C/2, int8"):
+            if name in quantized:
+                found[f"onnxruntime, {name}"] = onnx_forward(quantized[name], x)
     except ImportError as error:
         warnings.warn(f"no onnxruntime: {error}", stacklevel=1)
     return found
@@ -157,9 +160,10 @@ def main() -> None:
     for name in arguments.models:
         model = random_model(name)
         x = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
-        forwards: dict[str, Forward] = {**variants(model, x, arguments.fastest)}
+        compressed = variants(model, x, arguments.fastest)
+        forwards: dict[str, Forward] = {**compressed}
         if arguments.engines:
-            forwards |= engines(model, x)
+            forwards |= engines(model, compressed, x)
         times = run_rounds(forwards, x, arguments.rounds)
         print_table(name, times, errors(forwards, x))
 
