@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -14,7 +15,7 @@ from lowrank_nn.errors import FileFormatError, OptionError
 from lowrank_nn.layers import LAYERS, CompressedLayer, Packing
 from lowrank_nn.storage._coders import CODERS
 from lowrank_nn.storage._container import Entry, entry_bytes, is_shape
-from lowrank_nn.storage._encoding import DTYPES, Encoding, is_integer, unstorable
+from lowrank_nn.storage._encoding import DTYPES, Encoding, is_integer, number_dtype, unstorable
 from lowrank_nn.storage._resized import Attributes, read_attributes
 
 _FIELDS = frozenset({"dtype", "shape", "bytes", "bits", "offset", "bitmap", "mask", "gaps", "coder", "checksum"})
@@ -264,6 +265,9 @@ def _read_tensor(entry: Any, stored_as: Entry | None) -> StoredTensor:
         bits = (_typed(entry["bits"], int), _typed(entry["offset"], int))
         if not 0 <= bits[0] <= 8 * DTYPES[dtype].itemsize or not (is_integer(DTYPES[dtype]) or "coder" in entry):
             raise ValueError(f"{bits[0]} bits for {dtype}")
+        limits = np.iinfo(number_dtype(DTYPES[dtype]))
+        if not limits.min <= bits[1] <= limits.max:
+            raise ValueError(f"offset {bits[1]} for {dtype}"[:200])
     bitmap = _typed(entry.get("bitmap", False), bool)
     mask, gaps, coder = (entry.get(name) for name in ("mask", "gaps", "coder"))
     encoding = Encoding(dtype, tuple(shape), 0, bits, bitmap, mask, gaps, coder)

@@ -20,10 +20,12 @@ from lowrank_nn.storage._container import make_file
 from lowrank_nn.storage._json import MAX_DEPTH, deflate, inflate
 from tests.storage.forge import INDEX, forged, header_end, put_together, take_apart
 from tests.storage.models import (
+    EveryEncoding,
     MaskedLinear,
     SmallNet,
     assert_same_state,
     compressed_net,
+    every_encoding,
     masked_linear,
     registered,
     seeded,
@@ -438,3 +440,22 @@ def test_a_structure_that_repeats_itself_endlessly_is_written_so_that_it_can_be_
     value = {"layers": [0] * 10**6}
     assert len(deflate(value)) > 10**6
     assert inflate(deflate(value), "structure") == value
+
+
+@pytest.mark.parametrize("offset", [4096, -(2**70), 10**400])
+def test_offsets_outside_of_the_dtype_are_refused(scratch, offset):
+    save(every_encoding(), scratch)
+    data = scratch.read_bytes()
+    structures = []
+    forged(data, lambda header, structure: structures.append(structure))
+    keys = [
+        key
+        for key, tensor in structures[0]["tensors"].items()
+        if "bits" in tensor and tensor["dtype"] in ("I8", "BOOL")
+    ]
+    assert len(keys) > 3
+    for key in keys:
+        bad = forged(data, lambda header, structure, key=key: structure["tensors"][key].update(bits=0, offset=offset))
+        scratch.write_bytes(bad)
+        with pytest.raises(FileFormatError, match="malformed"):
+            load(scratch, EveryEncoding())
