@@ -24,6 +24,7 @@ from lowrank_nn.graph import chain_quantized as chain_quantized
 from lowrank_nn.graph import find_groups as find_groups
 from lowrank_nn.graph import fold_batchnorm as fold_batchnorm
 from lowrank_nn.graph import register_attributes as register_attributes
+from lowrank_nn.graph import register_rule as register_rule
 from lowrank_nn.layers import LAYERS as LAYERS
 from lowrank_nn.layers import VBMF as VBMF
 from lowrank_nn.layers import BFloat16Conv2d as BFloat16Conv2d

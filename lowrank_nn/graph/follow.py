@@ -17,31 +17,19 @@ from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.labels import Labels, support
 from lowrank_nn.graph.places import ForwardWatch, OutOfSight
 from lowrank_nn.graph.preserve import evaluating
-from lowrank_nn.graph.rules import RULES, Call, Planes, Rule, full_name, short_name
+from lowrank_nn.graph.rules import RULES, Call, Planes, Rule, full_name, functions, short_name
 from lowrank_nn.graph.sites import refuse_opaque, run_model
 from lowrank_nn.graph.units import IN, OUT, Units
 
-_PROPERTIES = """shape dtype device ndim is_cuda is_cpu is_mps is_meta is_sparse is_quantized is_mkldnn is_nested layout
-    requires_grad is_leaf grad_fn itemsize nbytes output_nr _version"""
+LOOKED_AT = """
+    shape dtype device ndim is_cuda is_cpu is_mps is_meta is_sparse is_quantized is_mkldnn is_nested layout is_leaf
+    requires_grad grad_fn itemsize nbytes output_nr _version size dim numel nelement ndimension __len__ stride
+    is_floating_point is_complex is_signed element_size is_contiguous data_ptr storage_offset untyped_storage
+    get_device is_inference is_same_size is_pinned is_shared is_coalesced __repr__ __format__ __hash__ is_set_to is_neg
+    is_conj _is_view result_type _assert
+"""
 
-_METHODS = """size dim numel nelement ndimension __len__ is_floating_point is_complex is_signed stride element_size
-    is_contiguous data_ptr storage_offset untyped_storage get_device is_inference is_same_size is_pinned is_shared
-    is_coalesced has_names __repr__ __format__ __hash__ is_set_to is_neg is_conj _is_view is_distributed"""
-
-
-def _of_tensors(names: str) -> list[Any]:
-    found = [getattr(Tensor, name, None) for name in names.split()]
-    return [value if callable(value) else value.__get__ for value in found if value is not None]
-
-
-LOOKS = frozenset(
-    {
-        *_of_tensors(_PROPERTIES),
-        *_of_tensors(_METHODS),
-        *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_same_size, torch.is_signed),
-        *(torch.result_type, torch.is_neg, torch.is_conj, torch.is_inference, torch._assert),
-    }
-)
+LOOKS = frozenset(function for name in LOOKED_AT.split() for function in functions(name))
 """Functions that look at a tensor's form, not at its values (or that print it)."""
 
 

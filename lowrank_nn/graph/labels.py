@@ -41,7 +41,7 @@ def support(plane: Tensor) -> frozenset[int]:
 def compact(units: Units, plane: Tensor, where: str) -> Tensor | None:
     """Return ``plane`` with size 1 along all dimensions on which it does not vary; None where there are no others.
 
-    A tensor that would go as a whole can not go: its unit is frozen.
+    A tensor that would go as a whole cannot go: its unit is frozen.
     """
     if not plane.any():
         return None

@@ -6,6 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowrank_nn.graph import find_groups
+from lowrank_nn.graph.follow import LOOKED_AT
+from lowrank_nn.graph.rules import functions
+from lowrank_nn.graph.rules.elementwise import ELEMENTWISE
 from tests.graph.removal import assert_removable
 
 X = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -95,6 +98,8 @@ REMOVABLE = {
     "in place on a view": (relu_after_chunk, {"a": 4, "b": 8}),
     "cat": (lambda net, a, b: torch.cat([a, b], 1), APART),
     "cat of cats": (lambda net, a, b: torch.cat([torch.cat([a, b], 1), a], 1), APART),
+    "hstack": (lambda net, a, b: torch.hstack([a, b]), APART),
+    "vstack": (lambda net, a, b: torch.vstack([a[0], b[0]])[None], APART),
     "cat of rows": (lambda net, a, b: torch.cat([a, b], 2), BOTH),
     "stack": (lambda net, a, b: torch.stack([a, b], 0).sum(0), BOTH),
     "chunk and product": (lambda net, a, b: torch.mul(*a.chunk(2, 1)), {"a": 4, "b": 8}),
@@ -176,3 +181,8 @@ def test_channels_that_stay(middle, reason):
     first = groups[0]
     assert first.name == "a"
     assert reason in first.frozen, first
+
+
+@pytest.mark.parametrize("table", [ELEMENTWISE, LOOKED_AT])
+def test_names_in_tables_exist(table):
+    assert [name for name in table.split() if not functions(name)] == []

@@ -1,0 +1,183 @@
+"""Operations that take or change parts of a tensor: some parts shrink together, others are read by number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowrank_nn.graph.inputs import tensors
+from lowrank_nn.graph.labels import Labels, compact, merge, mix, move, split_dim, support
+from lowrank_nn.graph.rules._call import Call, Planes, aligned, normal_dims, rule_for
+from lowrank_nn.graph.rules.mixing import mix_all
+from lowrank_nn.graph.rules.movement import moved, on_cpu
+
+
+@rule_for("roll")
+def roll(call: Call) -> list[Planes]:
+    """Moves around an edge: exact where all along that dimension stays or goes."""
+    dims = call.argument(2, "dims")
+    return moved(call, _read_by_number(call, call.first, normal_dims(dims, len(call.first.shape))))
+
+
+@rule_for("chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit")
+def split(call: Call) -> list[Planes]:
+    """Equal parts shrink together; unequal ones do not."""
+    shapes = call.shapes
+    changed = [d for d, sizes in enumerate(zip(*shapes, call.first.shape, strict=True)) if len({*sizes}) > 1]
+    for dim in changed:
+        _tie_parts(call, call.first, dim, [shape[dim] for shape in shapes])
+    return moved(call, call.first)
+
+
+def _tie_parts(call: Call, labels: Labels, dim: int, sizes: Sequence[int]) -> None:
+    for plane in labels.planes:
+        if plane.shape[dim] == 1:
+            continue
+        if len(set(sizes)) > 1 or sum(sizes) != plane.shape[dim]:
+            call.units.freeze(plane, f"split into parts of {', '.join(map(str, sizes))} by {call.where}")
+        else:
+            parts = split_dim(plane, dim, sizes[0])
+            call.units.unite(parts, parts.narrow(dim, 0, 1), f"meets what stays in {call.where}")
+
+
+@rule_for("glu")
+def glu(call: Call) -> list[Planes]:
+    """One half times a function of the other."""
+    dim = call.argument(1, "dim", -1) % len(call.first.shape)
+    half = call.first.shape[dim] // 2
+    _tie_parts(call, call.first, dim, [half, half])
+    return move(call.units, call.first, lambda ids: [ids.narrow(dim, 0, half)], call.where) or [[]]
+
+
+@rule_for("unbind")
+def unbind(call: Call) -> list[Planes]:
+    """Take apart what was stacked: all parts shrink together."""
+    dim = call.argument(1, "dim", 0)
+    return moved(call, _read_by_number(call, call.first, normal_dims(dim, len(call.first.shape))))
+
+
+@rule_for("select index_select gather take_along_dim")
+def select(call: Call) -> list[Planes]:
+    """Positions along a dimension, by number."""
+    _keep_indices(call, [call.args[1:], call.kwargs])
+    dim = call.argument(2 if call.function is torch.take_along_dim else 1, "dim")
+    return moved(call, _read_by_number(call, call.first, normal_dims(dim, len(call.first.shape))))
+
+
+def _keep_indices(call: Call, indices: Any) -> None:
+    for tensor in tensors(indices):
+        call.units.freeze(call.labels(tensor).ids(), f"used as an index by {call.where}")
+
+
+def _read_by_number(call: Call, labels: Labels, dims: Sequence[int]) -> Labels:
+    """Unite all along ``dims``: after a removal the numbers would mean other positions."""
+    planes = []
+    for plane in labels.planes:
+        if support(plane) & set(dims):
+            kept = mix(call.units, plane, dims, f"{call.where}, which reads by number")
+            # The ids stay in place: the function is to run on all of them.
+            planes.extend([] if kept is None else [plane])
+        else:
+            planes.append(plane)
+    return Labels(labels.shape, tuple(planes), labels.constant)
+
+
+@rule_for("narrow")
+def narrow(call: Call) -> list[Planes]:
+    """A part of a dimension."""
+    dim = call.argument(1, "dim") % len(call.first.shape)
+    start, length = call.argument(2, "start"), call.argument(3, "length")
+    if isinstance(start, Tensor):
+        return moved(call, _read_by_number(call, call.first, [dim]))
+    return moved(call, _slice(call, call.first, dim, slice(start, start + length)))
+
+
+def _slice(call: Call, labels: Labels, dim: int, part: slice) -> Labels:
+    """Tie the equal parts, or equal steps, of which a slice takes one; else all along ``dim``."""
+    size = labels.shape[dim]
+    start, stop, step = part.indices(size)
+    if (start, stop, step) == (0, size, 1):
+        return labels
+    if step == 1 and stop > start and size % (stop - start) == 0 and start % (stop - start) == 0:
+        _tie_parts(call, labels, dim, [stop - start] * (size // (stop - start)))
+        return labels
+    if step > 1 and size % step == 0 and len(range(start, stop, step)) == size // step:
+        for plane in labels.planes:
+            if plane.shape[dim] > 1:
+                parts = split_dim(plane, dim, step)
+                call.units.unite(parts, parts.narrow(dim + 1, 0, 1), f"meets what stays in {call.where}")
+        return labels
+    return _read_by_number(call, labels, [dim])
+
+
+@rule_for("__getitem__")
+def getitem(call: Call) -> list[Planes]:
+    """Slices as parts, all other indices by number."""
+    _keep_indices(call, call.args[1])
+    labels = call.first
+    for dim, index in _indices(call.args[1], len(labels.shape)):
+        sliced = isinstance(index, slice)
+        labels = _slice(call, labels, dim, index) if sliced else _read_by_number(call, labels, [dim])
+    return moved(call, labels)
+
+
+@rule_for("__setitem__")
+def setitem(call: Call) -> list[Planes]:
+    """Part of a tensor becomes another one: what meets goes together, and the tensor's own units stay what they are."""
+    index, value = call.args[1], call.labels(call.args[2])
+    _keep_indices(call, index)
+    whole = slice(None)
+    numbered = [dim for dim, part in _indices(index, len(call.first.shape)) if part != whole]
+    target = _read_by_number(call, call.first, numbered)
+    part = call.args[0][index]
+    (planes,) = move(call.units, target, lambda ids: [ids[on_cpu(index)]], call.where) or [[]]
+    written = Labels(tuple(part.shape), tuple(planes))
+    merge(call.units, [written, aligned(value, len(written.shape))], call.where)
+    return [list(target.planes)]
+
+
+def _indices(index: Any, dims: int) -> Iterator[tuple[int, Any]]:
+    """Yield the dimensions that an index reads, each with its part of the index."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    ellipsis = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
+    last = [part for part in parts[ellipsis + 1 :] if part is not None]
+    dim = 0
+    for part in parts[:ellipsis]:
+        if part is not None:
+            for _ in range(_width(part)):
+                yield dim, part
+                dim += 1
+    dim = dims - sum(_width(part) for part in last)
+    for part in last:
+        for _ in range(_width(part)):
+            yield dim, part
+            dim += 1
+
+
+def _width(part: Any) -> int:
+    """Return how many dimensions a part of an index reads: a mask as many as it has."""
+    if isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8):
+        return part.dim()
+    return 0 if isinstance(part, bool) else 1
+
+
+@rule_for("pad constant_pad_nd")
+def pad(call: Call) -> list[Planes]:
+    """Added elements go with the channel that they belong to; those added as channels never go."""
+    widths, labels = list(call.argument(1, "pad")), call.first
+    count = len(labels.shape)
+    pairs = {count - 1 - i: (widths[2 * i], widths[2 * i + 1]) for i in range(len(widths) // 2)}
+    touched = [dim for dim, pair in pairs.items() if pair != (0, 0)]
+    copies = call.function is F.pad and call.argument(2, "mode", "constant") != "constant"
+    if copies or min(widths) < 0:
+        return [mix_all(call, labels, touched)]
+    planes = []
+    for plane in labels.planes:
+        own = [pairs.get(dim, (0, 0)) if plane.shape[dim] > 1 else (0, 0) for dim in reversed(range(count))]
+        kept = compact(call.units, F.pad(plane, [width for pair in own for width in pair]), call.where)
+        planes.extend([] if kept is None else [kept])
+    return [planes]
