@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,11 @@ LOOKED_AT = """
 
 LOOKS = frozenset(function for name in LOOKED_AT.split() for function in functions(name))
 """Functions that look at a tensor's form, not at its values (or that print it)."""
+
+
+_Result = TypeVar("_Result")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(eq=False)
@@ -149,13 +155,8 @@ class _Follower(ForwardWatch):
         result = func(*args, **kwargs)
         made = args[0] if func is Tensor.__setitem__ else result
         where = f"{short_name(func)} in {self._path}"
-        outcome = None if rule is None else rule(Call(self.units, func, args, kwargs, made, where, known))
-        if outcome is None:
-            for labels in known.values():
-                self.units.freeze(labels.ids(), f"no rule for {full_name(func)}, called in {self._path}")
-            outcome = [[]]
-        finished: list[Planes] | Callable[[], list[Planes]] = outcome
-        planes = functools.cache(lambda: finished() if callable(finished) else finished)
+        call = Call(self.units, func, args, kwargs, made, where, known)
+        planes = self._ask(rule, call)
         origins = [labels.constant for labels in known.values()]
         constant = max(origins, default=0) if all(origins) else 0
         for index, tensor in enumerate(tensors(made)):
@@ -168,6 +169,28 @@ class _Follower(ForwardWatch):
             if _version(seen[key]) != self._known[seen[key]].version:
                 self._change(seen[key], known[key], Labels(known[key].shape))
         return result
+
+    def _ask(self, rule: Rule | None, call: Call) -> Callable[[], list[Planes]]:
+        """Return what gives the planes of the results, for one use of a function; without a rule it is a barrier."""
+        outcome = self._attempt(call, lambda: None if rule is None else rule(call))
+        if callable(outcome):
+            return functools.cache(lambda: self._attempt(call, outcome) or self._bar(call))
+        results = self._bar(call) if outcome is None else outcome
+        return lambda: results
+
+    @staticmethod
+    def _attempt(call: Call, step: Callable[[], _Result]) -> _Result | None:
+        """Run a rule. One that fails has not understood the call; that must not end the user's forward."""
+        try:
+            return step()
+        except Exception:
+            _logger.warning("the rule for %s failed; it is taken as unknown", call.where, exc_info=True)
+            return None
+
+    def _bar(self, call: Call) -> list[Planes]:
+        for labels in call.known.values():
+            self.units.freeze(labels.ids(), f"no rule for {full_name(call.function)}, called in {self._path}")
+        return [[]]
 
     def _labels(self, shape: tuple[int, ...], made: Callable[[], list[Planes]], index: int, constant: int) -> Labels:
         results = made()

@@ -305,6 +305,8 @@ def test_rules_for_operators_of_the_users_own(monkeypatch):
     assert free(checked(model, IMAGE)) == {"0": 6}
     register_rule(operator, lambda call: None)
     assert find_groups(model, IMAGE)[0].frozen.startswith("no rule for")
+    register_rule(operator, lambda call: call.no_such_thing)
+    assert find_groups(model, IMAGE)[0].frozen.startswith("no rule for")
 
 
 @pytest.mark.parametrize("arguments", [{}, {"rule": lambda call: [[]], "like": torch.relu}, {"like": torch.fft.rfft}])
