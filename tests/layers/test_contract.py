@@ -20,7 +20,9 @@ STATE_KEYS = Path(__file__).parent / "state_keys.json"
 REFUSED: dict[str, set[str]] = {}
 """The cases that a class refuses; everything else it must serve."""
 
-ALWAYS_ROUNDS = {f"{name}{kind}" for name in ("BFloat16", "Binary", "Codebook", "Hashed", "Quant") for kind in ("Conv2d", "Linear")}
+ALWAYS_ROUNDS = {
+    f"{name}{kind}" for name in ("BFloat16", "Binary", "Codebook", "Hashed", "Quant") for kind in ("Conv2d", "Linear")
+}
 """Classes without lossless options."""
 
 VARIANTS: dict[str, dict[str, dict[str, object]]] = {
