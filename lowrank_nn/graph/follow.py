@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lowrank_nn.errors import PlanError
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.labels import Labels, support
 from lowrank_nn.graph.places import ForwardWatch, OutOfSight
@@ -56,7 +57,7 @@ class _Known:
 def follow(model: nn.Module, example_inputs: Any) -> Units:
     """Run ``model`` once, in eval mode and without gradients, and return the units of its parameters and buffers.
 
-    The model and the process are left as they were.
+    Where that leaves parameters unused, it is run in train mode too. The model and the process are left as they were.
 
     Raises:
         UnsupportedLayerError: The model is compiled or scripted, or holds layers that have no weights yet.
@@ -64,13 +65,10 @@ def follow(model: nn.Module, example_inputs: Any) -> Units:
     """
     refuse_opaque(model)
     follower = _Follower(model)
-    # Inference mode would hide changes in place.
-    with evaluating(model), torch.inference_mode(False), torch.no_grad():
-        follower.attach(model)
-        with follower, OutOfSight(follower):
-            output = run_model(model, example_inputs)
-        for tensor in tensors(output):
-            follower.units.freeze(follower.read(tensor).ids(), "reaches the output of the model")
+    with evaluating(model):
+        follower.run(model, example_inputs)
+    if not all(map(follower.has_seen, model.parameters())):
+        follower.run_training(model, example_inputs)
     follower.units.settle_boxes()
     return follower.units
 
@@ -89,6 +87,33 @@ class _Follower(ForwardWatch):
             for parameter in model.get_submodule(path).parameters()
         }
         self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def run(self, model: nn.Module, example_inputs: Any) -> None:
+        """Follow one forward, without gradients."""
+        self.attach(model)
+        # Inference mode would hide changes in place.
+        with torch.inference_mode(False), torch.no_grad():
+            with self, OutOfSight(self):
+                output = run_model(model, example_inputs)
+            self._freeze(output, "reaches the output of the model")
+
+    def run_training(self, model: nn.Module, example_inputs: Any) -> None:
+        """Follow a forward in train mode: what auxiliary heads read there must shrink too."""
+        known = len(self.units.sources)
+        with evaluating(model):
+            for module in model.modules():
+                vars(module)["training"] = True
+            try:
+                self.run(model, example_inputs)
+            except PlanError:  # it may want targets; how far the output depends on what it used is not known
+                for source in self.units.sources[known:]:
+                    ids = torch.arange(source.first, source.first + source.size)
+                    computed = ids[self.units.kinds()[ids] == OUT]
+                    self.units.freeze(computed, "computed in train mode only, where the forward failed")
+
+    def has_seen(self, tensor: Tensor) -> bool:
+        """Whether anything was done with a tensor."""
+        return tensor in self._known
 
     def attach(self, model: nn.Module) -> None:
         """Wrap the forward of every module, on the instances, to know where a function is called."""
@@ -167,7 +192,8 @@ class _Follower(ForwardWatch):
                 self._change(tensor, known[id(tensor)], labels_of())
         for key in versions:
             if _version(seen[key]) != self._known[seen[key]].version:
-                self._change(seen[key], known[key], Labels(known[key].shape))
+                # A function with a rule is known to keep the units (a norm updates its statistics).
+                self._change(seen[key], known[key], known[key] if rule is not None else Labels(known[key].shape))
         return result
 
     def _ask(self, rule: Rule | None, call: Call) -> Callable[[], list[Planes]]:

@@ -229,6 +229,35 @@ def test_branch_on_data_and_a_mutated_buffer():
     assert model.calls == 0
 
 
+class Auxiliary(nn.Module):
+    """A second head for training; ``wants`` targets there or not."""
+
+    def __init__(self, wants):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Linear(6, 4)
+        self.extra = nn.Linear(6, 4)
+        self.wants = wants
+
+    def forward(self, x, targets=None):
+        x = self.norm(self.norm(self.conv(x))).mean((2, 3))
+        if not self.training:
+            return self.head(x)
+        return self.head(x), self.extra(x), targets.sum() if self.wants else 0
+
+
+@pytest.mark.parametrize("wants", [False, True])
+def test_head_that_is_used_in_training_only(wants):
+    model = settled(Auxiliary(wants))
+    before = copy.deepcopy(model.state_dict())
+    groups = find_groups(model, IMAGE)
+    assert free(groups) == {"conv": 6}
+    assert ("extra.weight" in {member.name for member in groups[0].members}) or wants
+    assert_removable(model, IMAGE, groups)
+    if not wants:
+        assert_removable(model.train(), IMAGE, groups)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
