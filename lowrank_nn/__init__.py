@@ -41,6 +41,8 @@ from lowrank_nn.layers import HashedConv2d as HashedConv2d
 from lowrank_nn.layers import HashedLinear as HashedLinear
 from lowrank_nn.layers import LowRankLayer as LowRankLayer
 from lowrank_nn.layers import NarrowMultiheadAttention as NarrowMultiheadAttention
+from lowrank_nn.layers import NarrowWindowAttention as NarrowWindowAttention
+from lowrank_nn.layers import NarrowWindowAttentionV2 as NarrowWindowAttentionV2
 from lowrank_nn.layers import Params as Params
 from lowrank_nn.layers import PrunedConv2d as PrunedConv2d
 from lowrank_nn.layers import PrunedLinear as PrunedLinear
@@ -53,6 +55,7 @@ from lowrank_nn.layers import SVDConv2d as SVDConv2d
 from lowrank_nn.layers import SVDLinear as SVDLinear
 from lowrank_nn.layers import TuckerConv2d as TuckerConv2d
 from lowrank_nn.layers import register_layer as register_layer
+from lowrank_nn.layers import register_narrow_form as register_narrow_form
 from lowrank_nn.pipeline import Apply as Apply
 from lowrank_nn.pipeline import ChannelLasso as ChannelLasso
 from lowrank_nn.pipeline import Codebook as Codebook

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lowrank_nn.errors import PlanError
-from lowrank_nn.layers import NarrowMultiheadAttention
+from lowrank_nn.layers import narrow_module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +64,11 @@ def register_attributes(cls: type[nn.Module], update: AttributeUpdate) -> None:
 
 
 def update_attributes(module: nn.Module, cuts: Mapping[str, Mapping[int, Cut]]) -> None:
-    """Call what is registered for the class of ``module``, if anything is."""
-    for cls in type(module).__mro__:
-        if cls in _UPDATES:
-            _UPDATES[cls](module, cuts)
-            return
+    """Call what is registered for the class of ``module``, if anything is; give it its narrow form if it needs that."""
+    cls = next((cls for cls in type(module).__mro__ if cls in _UPDATES), None)
+    if cls is not None:
+        _UPDATES[cls](module, cuts)
+    narrow_module(module)
 
 
 def mark_resized(module: nn.Module, names: Iterable[str]) -> None:
@@ -137,13 +137,7 @@ def _prelu(module: nn.PReLU, cuts: Mapping[str, Mapping[int, Cut]]) -> None:
     module.num_parameters = len(module.weight)
 
 
-def _attention(module: nn.MultiheadAttention, cuts: Mapping[str, Mapping[int, Cut]]) -> None:
-    if any(name.endswith("proj_weight") for name in cuts) or 1 in cuts.get("out_proj.weight", {}):
-        NarrowMultiheadAttention.narrow_(module)
-
-
 for _cls, _update in (
-    (nn.MultiheadAttention, _attention),
     (_ConvNd, _convolution),
     (nn.Linear, _linear),
     (nn.Bilinear, _bilinear),

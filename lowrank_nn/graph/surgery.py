@@ -62,15 +62,15 @@ def remove_units(model: nn.Module, removals: Sequence[Removal]) -> Callable[[], 
         for name, dims in cuts.items():
             undo.callback(_set_data, tensors[name], tensors[name].data)
             _set_data(tensors[name], cut_tensor(tensors[name].data, dims))
-        before = {module: dict(vars(module)) for module, _, _ in by_module}
-        for module, attributes in before.items():
+        before = {module: (type(module), dict(vars(module))) for module, _, _ in by_module}
+        for module, (cls, attributes) in before.items():
             undo.callback(_restore_attributes, module, attributes)
-            undo.callback(setattr, module, "__class__", type(module))
+            undo.callback(setattr, module, "__class__", cls)
         for removal in removals:
             update_heads(model, removal.group, removal.units)
         for module, path, own in by_module:
             _update(module, path, own)
-            _note_changes(module, before[module], own)
+            _note_changes(module, *before[module], own)
         release_fast_path(model)
     except BaseException:
         undo.close()
@@ -165,11 +165,11 @@ def _update(module: nn.Module, path: str, cuts: Cuts) -> None:
         raise error.at(path) from error
 
 
-def _note_changes(module: nn.Module, before: dict[str, Any], cuts: Cuts) -> None:
-    """Mark a module that holds cut tensors itself, or whose attributes changed, as a smaller one."""
+def _note_changes(module: nn.Module, cls: type[nn.Module], before: dict[str, Any], cuts: Cuts) -> None:
+    """Mark a module that holds cut tensors itself, or whose class or attributes changed, as a smaller one."""
     changed = [name for name, value in before.items() if vars(module)[name] is not value and name not in MODULE_TABLES]
     changed = [name for name in changed if vars(module)[name] != before[name]]
-    if changed or any("." not in name for name in cuts):
+    if changed or type(module) is not cls or any("." not in name for name in cuts):
         mark_resized(module, changed)
     # No file holds a buffer that is not persistent, and no fresh model has it in this size.
     hidden = module._non_persistent_buffers_set

@@ -33,6 +33,8 @@ from lowrank_nn.layers.cp import CPConv2d as CPConv2d
 from lowrank_nn.layers.fixed_point import FixedPoint as FixedPoint
 from lowrank_nn.layers.hashed import HashedConv2d as HashedConv2d
 from lowrank_nn.layers.hashed import HashedLinear as HashedLinear
+from lowrank_nn.layers.narrow import narrow_module as narrow_module
+from lowrank_nn.layers.narrow import register_narrow_form as register_narrow_form
 from lowrank_nn.layers.pruned import PrunedConv2d as PrunedConv2d
 from lowrank_nn.layers.pruned import PrunedLinear as PrunedLinear
 from lowrank_nn.layers.quant import QuantConv2d as QuantConv2d
@@ -41,3 +43,5 @@ from lowrank_nn.layers.spatial import SpatialSVDConv2d as SpatialSVDConv2d
 from lowrank_nn.layers.svd import SVDConv2d as SVDConv2d
 from lowrank_nn.layers.svd import SVDLinear as SVDLinear
 from lowrank_nn.layers.tucker import TuckerConv2d as TuckerConv2d
+from lowrank_nn.layers.window_attention import NarrowWindowAttention as NarrowWindowAttention
+from lowrank_nn.layers.window_attention import NarrowWindowAttentionV2 as NarrowWindowAttentionV2

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_nn.errors import UnsupportedLayerError
+from lowrank_nn.layers.narrow import register_narrow_form
 
 
 class NarrowMultiheadAttention(nn.MultiheadAttention):
@@ -27,7 +28,7 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
     def narrow_(attention: nn.MultiheadAttention) -> None:
         """Turn an attention whose tensors have lost heads or inputs into one of this class, in place.
 
-        The sizes are read from the tensors.
+        The sizes are read from the tensors. It keeps its class if its heads fill its width.
 
         Args:
             attention: With ``head_dim`` as it was.
@@ -35,14 +36,16 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
         Raises:
             UnsupportedLayerError: It adds keys and values of its own.
         """
-        if attention.bias_k is not None or attention.add_zero_attn:
+        width = attention.out_proj.weight.shape[1]
+        q, k, v = (w.shape[1] for w in _matrices(attention))
+        if width != q and (attention.bias_k is not None or attention.add_zero_attn):
             raise UnsupportedLayerError(
                 "nn.MultiheadAttention: heads cannot be removed where it has add_bias_kv or add_zero_attn."
             )
-        attention.num_heads = attention.out_proj.weight.shape[1] // attention.head_dim
-        q, k, v = (w.shape[1] for w in _matrices(attention))
+        attention.num_heads = width // attention.head_dim
         attention.embed_dim, attention.kdim, attention.vdim = q, k, v
-        attention.__class__ = NarrowMultiheadAttention
+        if width != q:
+            attention.__class__ = NarrowMultiheadAttention
 
     def forward(  # the signature is torch's
         self,
@@ -116,3 +119,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype is not torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+
+
+for _cls in (nn.MultiheadAttention, NarrowMultiheadAttention):
+    register_narrow_form(_cls, NarrowMultiheadAttention.narrow_)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_nn.errors import OptionError, UnsupportedLayerError
 from lowrank_nn.graph.attributes import mark_resized, resized_attributes
-from lowrank_nn.layers import CompressedLayer, NarrowMultiheadAttention
+from lowrank_nn.layers import CompressedLayer, narrow_module
 
 Size = int | list[int]
 Attributes = dict[str, Size]
@@ -78,7 +78,7 @@ def resize_again(
         for name, size in attributes.items():
             setattr(module, name, size if isinstance(size, int) else type(getattr(module, name))(size))
         mark_resized(module, attributes)
-    return problems | _narrow_attention(modules, resized.keys() - problems.keys())
+    return problems | _narrow(modules, resized.keys() - problems.keys())
 
 
 def _plain(path: str, name: str, value: Any) -> Size:
@@ -131,14 +131,12 @@ def _smaller(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout)
 
 
-def _narrow_attention(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[str, str]:
-    """Make attentions that lost heads such as can run; return by path why one cannot."""
+def _narrow(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[str, str]:
+    """Make modules that lost heads such as can run; return by path why one cannot."""
     problems = {}
     for path in paths:
-        module = modules[path]
-        if type(module) is nn.MultiheadAttention:
-            try:
-                NarrowMultiheadAttention.narrow_(module)
-            except UnsupportedLayerError as error:
-                problems[path] = f"has lost heads in the file: {error.message}"
+        try:
+            narrow_module(modules[path])
+        except UnsupportedLayerError as error:
+            problems[path] = f"has lost heads in the file: {error.message}"
     return problems
