@@ -21,8 +21,8 @@ def register_narrow_form(cls: type[nn.Module] | str, narrow: NarrowForm) -> None
     Swin transformers are registered.
 
     Args:
-        cls: The class, or its qualified name (``"package.module.Class"``), which imports nothing. Meant are all modules
-            that run the forward of this class; a subclass with a forward of its own is registered itself.
+        cls: The class, or its qualified name (``"package.module.Class"``), which imports nothing. Subclasses are meant
+            too, unless they have a forward of their own or are registered themselves.
         narrow: ``narrow(module)``, called when the tensors of the module are smaller already, and ``num_heads`` (or
             what it is called) too; in :func:`lowrank_nn.load` likewise. It reads sizes from the tensors, and sets the
             module's ``__class__`` to a subclass of ``nn.Module`` with the same parameters and buffers, where the
@@ -41,10 +41,12 @@ def narrow_module(module: nn.Module) -> None:
     Raises:
         UnsupportedLayerError: It cannot do with fewer heads.
     """
-    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    narrow = _FORMS.get(_name(owner))
-    if narrow is not None:
-        narrow(module)
+    for cls in type(module).__mro__:
+        if _name(cls) in _FORMS:
+            _FORMS[_name(cls)](module)
+            return
+        if "forward" in vars(cls):  # what classes further up are registered for is another forward
+            return
 
 
 def _name(cls: type) -> str:

@@ -143,10 +143,8 @@ class NarrowWindowAttentionV2(NarrowWindowAttention):
         return 16 * self._by_pairs(self.cpb_mlp(self.relative_coords_table).flatten(0, -2)).sigmoid()
 
 
-_SWIN = "torchvision.models.swin_transformer."
-for _own, _name in (
-    (NarrowWindowAttention, "ShiftedWindowAttention"),
-    (NarrowWindowAttentionV2, "ShiftedWindowAttentionV2"),
+for _cls, _narrow in (
+    ("ShiftedWindowAttention", NarrowWindowAttention),
+    ("ShiftedWindowAttentionV2", NarrowWindowAttentionV2),
 ):
-    register_narrow_form(_own, _own.narrow_)
-    register_narrow_form(_SWIN + _name, _own.narrow_)
+    register_narrow_form(f"torchvision.models.swin_transformer.{_cls}", _narrow.narrow_)

@@ -102,6 +102,20 @@ def test_attributes_pickle_and_training():
     assert narrow.in_proj_weight.grad.shape == (24, 12)
 
 
+def test_whose_heads_fill_its_width_keeps_its_class():
+    layer = make()
+    layer.in_proj_weight.data = layer.in_proj_weight.data[rows(KEPT, 3)][:, rows(KEPT)]
+    layer.in_proj_bias.data = layer.in_proj_bias.data[rows(KEPT, 3)]
+    layer.out_proj.weight.data = layer.out_proj.weight.data[rows(KEPT)][:, rows(KEPT)]
+    layer.out_proj.bias.data = layer.out_proj.bias.data[rows(KEPT)]
+    NarrowMultiheadAttention.narrow_(layer)
+    assert (type(layer), layer.num_heads, layer.embed_dim) == (nn.MultiheadAttention, 2, 8)
+    narrow = copy.deepcopy(layer)
+    narrow.__class__ = NarrowMultiheadAttention
+    x = torch.randn(5, 2, 8)
+    torch.testing.assert_close(layer(x, x, x), narrow(x, x, x))
+
+
 @pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}])
 def test_keys_of_its_own_are_refused(options):
     with pytest.raises(UnsupportedLayerError, match="heads cannot be removed"):
