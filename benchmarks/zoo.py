@@ -62,13 +62,22 @@ def names() -> list[str]:
 def build(name: str) -> tuple[nn.Module, Tensor]:
     """Return a model with random weights, in eval mode, and images for it."""
     torch.manual_seed(0)
+    model, images = initialised(name)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)  # outputs that are zero would agree whatever happens
+    return model.eval(), images
+
+
+def initialised(name: str) -> tuple[nn.Module, Tensor]:
+    """Return a model with the weights that its library draws, and images for it."""
     if name.startswith("timm/"):
         import timm
 
         model = timm.create_model(name.removeprefix("timm/"))
         settings = model.pretrained_cfg
         size = settings["input_size"][-1] if settings.get("fixed_input_size") else 96
-        return model.eval(), torch.randn(2, 3, size, size)
+        return model, torch.randn(2, 3, size, size)
     from torchvision import models
 
     size = SIZES.get(name, SIZES.get(name.split("_")[0], 64))
@@ -81,7 +90,7 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
         options["init_weights"] = False
     model = models.get_model(name, **options)
     model = model.backbone if name in models.list_models(module=models.detection) else model
-    return model.eval(), torch.randn(2, 3, size, size)
+    return model, torch.randn(2, 3, size, size)
 
 
 def count(model: nn.Module) -> int:
