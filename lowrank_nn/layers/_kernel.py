@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lowrank_nn.layers._affine import Grid, unsigned_grid
-from lowrank_nn.layers._deferred import Deferred, Product, computed
+from lowrank_nn.layers._deferred import Deferred
 from lowrank_nn.layers._onednn import CodeGrid, PackedWeight, encode, is_exact, sums_fit
 from lowrank_nn.layers._packed import Derived, is_channels_last, may_use_kernel, own_tensors
+from lowrank_nn.layers._sources import Product, computed
 
 if TYPE_CHECKING:
     from lowrank_nn.layers._integer import IntegerLayer

@@ -1,0 +1,208 @@
+"""How a tensor that is not computed yet comes about: what kernels compute, add, activate, pool and join."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowrank_nn.layers._onednn import NONE, Activation, CodeGrid, PackedWeight, decode, encode
+
+RELU: Activation = ("relu", ())
+RELU6: Activation = ("hardtanh", (0.0, 6.0))
+HARDSWISH: Activation = ("hardswish", ())
+SILU: Activation = ("swish", ())
+
+_MONOTONE = (RELU, RELU6)  # these commute with the maximum
+_UNIT = CodeGrid(1.0, 0, 255)
+
+
+class Source(abc.ABC):
+    """How a tensor comes about, and its bytes once somebody asked for them.
+
+    Attributes:
+        shape: Shape of the tensor.
+        channels_last: Memory format in which its floats are wanted.
+        grid: What the bytes stand for; None as long as there are none.
+        makers: Weights of the layers whose output this is, activated, pooled or joined.
+    """
+
+    def __init__(self, shape: tuple[int, ...], channels_last: bool, makers: tuple[PackedWeight, ...]) -> None:
+        self.shape, self.channels_last, self.makers = shape, channels_last, makers
+        self.grid: CodeGrid | None = None
+        self._codes: Tensor | None = None
+
+    def codes(self, grid: CodeGrid) -> Tensor:
+        """Return the tensor as bytes on ``grid``; not to be changed in place."""
+        if self._codes is None:
+            self._codes, self.grid = self.compute(grid), grid
+            self.release()
+        if grid == self.grid:
+            return self._codes
+        return encode(self.values(), grid)
+
+    def values(self) -> Tensor:
+        """Return the tensor as new floats. Where there are bytes, what they stand for."""
+        if self._codes is None:
+            return self.compute(None)
+        assert self.grid is not None
+        return decode(self._codes, self.grid)
+
+    @abc.abstractmethod
+    def compute(self, grid: CodeGrid | None) -> Tensor:
+        """Compute the bytes on ``grid``, or, without one, the floats."""
+
+    @abc.abstractmethod
+    def release(self) -> None:
+        """Let go of what was needed to compute: the bytes are there."""
+
+    def activated(self, activation: Activation) -> Source | None:
+        """Return this tensor with ``activation`` applied, or None where no kernel does it."""
+        return None
+
+    def plus(self, other: Source) -> Source | None:
+        """Return the sum of this tensor and another one of its shape, or None where no kernel does it."""
+        return None
+
+
+class Product(Source):
+    """A convolution or a matrix product, what is added to it, and the activation of that."""
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        codes: Tensor,
+        shape: tuple[int, ...],
+        channels_last: bool,
+        added: Source | None = None,
+        activation: Activation = NONE,
+    ) -> None:
+        super().__init__(shape, channels_last, (weight,))
+        self._weight, self._input = weight, codes
+        self._added, self._activation = added, activation
+
+    def compute(self, grid: CodeGrid | None) -> Tensor:
+        """Run the kernel."""
+        if self._added is None:
+            y = self._weight.run(self._input, grid, self._activation)
+            # A view of a batch of one would not count as channels-last any more.
+            return y if y.shape == self.shape else y.view(self.shape)
+        if grid is not None and self._added.grid is not None:
+            added = self._added.codes(self._added.grid).clone(memory_format=torch.channels_last)
+            return self._weight.run_and_add(self._input, grid, added, self._added.grid, self._activation)
+        added = self._added.values().contiguous(memory_format=torch.channels_last)
+        y = self._weight.run_and_add(self._input, None, added, _UNIT, self._activation)
+        return y if grid is None else encode(y, grid)
+
+    def release(self) -> None:
+        """Let go of the input and the tensor added."""
+        del self._input, self._added
+
+    def activated(self, activation: Activation) -> Source | None:
+        """Have the kernel apply it, if it has none to apply yet."""
+        if self.grid is not None or self._activation != NONE or (self._added is not None and activation != RELU):
+            return None
+        return Product(self._weight, self._input, self.shape, self.channels_last, self._added, activation)
+
+    def plus(self, other: Source) -> Source | None:
+        """Have the kernel add it, if it is a convolution that does nothing else yet."""
+        if self.grid is not None or self._activation != NONE or self._added is not None:
+            return None
+        if self._weight.geometry is None:
+            return None
+        return Product(self._weight, self._input, self.shape, self.channels_last, other)
+
+
+class Pooled(Source):
+    """The largest of each window of a tensor (max-pooling)."""
+
+    def __init__(
+        self,
+        source: Source,
+        shape: tuple[int, ...],
+        size: tuple[int, int],
+        stride: tuple[int, int],
+        pad: tuple[int, int],
+    ) -> None:
+        super().__init__(shape, source.channels_last, source.makers)
+        self._source, self._window = source, (size, stride, pad)
+
+    def compute(self, grid: CodeGrid | None) -> Tensor:
+        """Take the maxima: of bytes, their order is that of the numbers."""
+        if grid is None:
+            return F.max_pool2d(self._source.values(), *self._window)
+        return _largest(self._source.codes(grid), *self._window)
+
+    def release(self) -> None:
+        """Let go of what was pooled."""
+        del self._source
+
+    def activated(self, activation: Activation) -> Source | None:
+        """Apply an increasing function before the maximum, which gives the same."""
+        if self.grid is not None or activation not in _MONOTONE:
+            return None
+        inner = self._source.activated(activation)
+        return None if inner is None else Pooled(inner, self.shape, *self._window)
+
+
+def _largest(codes: Tensor, size: tuple[int, int], stride: tuple[int, int], pad: tuple[int, int]) -> Tensor:
+    """Max-pool bytes: torch's own kernel refuses bytes on maps of more than 255 entries."""
+    if any(pad):
+        codes = F.pad(codes, (pad[1], pad[1], pad[0], pad[0]))  # no byte is below 0
+    for dim in (3, 2):
+        length, step = size[dim - 2], stride[dim - 2]
+        count = (codes.shape[dim] - length) // step + 1
+        shifted = [codes.narrow(dim, first, (count - 1) * step + 1) for first in range(length)]
+        taps = [part[..., ::step] if dim == 3 else part[..., ::step, :] for part in shifted]
+        codes = taps[0]
+        for tap in taps[1:]:
+            codes = torch.maximum(codes, tap)
+    return codes
+
+
+class Joined(Source):
+    """Tensors one after the other along the channels (concatenation)."""
+
+    def __init__(self, sources: Sequence[Source], shape: tuple[int, ...]) -> None:
+        super().__init__(shape, sources[0].channels_last, tuple(maker for s in sources for maker in s.makers))
+        self._sources = tuple(sources)
+
+    def compute(self, grid: CodeGrid | None) -> Tensor:
+        """Join the bytes, or the floats."""
+        return torch.cat([s.values() if grid is None else s.codes(grid) for s in self._sources], 1)
+
+    def release(self) -> None:
+        """Let go of the parts."""
+        del self._sources
+
+
+class Floats(Source):
+    """An ordinary tensor: one that somebody asked for the floats of, and may have changed since."""
+
+    def __init__(self, tensor: Tensor, makers: tuple[PackedWeight, ...]) -> None:
+        super().__init__(tuple(tensor.shape), False, makers)
+        self.tensor = tensor
+
+    def codes(self, grid: CodeGrid) -> Tensor:
+        """Round the floats as they are now."""
+        return encode(self.tensor, grid)
+
+    def values(self) -> Tensor:
+        """Return a copy."""
+        return self.tensor.clone()
+
+    def compute(self, grid: CodeGrid | None) -> Tensor:
+        """As :meth:`codes` or :meth:`values`."""
+        return self.values() if grid is None else self.codes(grid)
+
+    def release(self) -> None:
+        """Nothing: the floats may change, so bytes of them are not kept."""
+
+
+def computed(source: Source) -> Tensor:
+    """Return the floats in the memory format in which the simulated layer returns them: user code may call view()."""
+    y = source.values()
+    return y if source.channels_last or y.dim() != 4 else y.contiguous()
