@@ -110,9 +110,11 @@ class FilterRemoval:
                 state.remark("", f"Prune: removed filters are proven in eval mode only: {proof.untested}")
             self._remove(state, proof.proven)
             state.pruned = (state.model, record(state.model, state.example_inputs))
+        cut = {path for removal in removals for path in _producers(removal.group)}
         for decision in decisions:
             if decision.note and state.is_resized(decision.path):
-                state.remark(decision.path, f"Prune: all output channels stay: {decision.note}")
+                which = "some" if decision.path in cut else "all"
+                state.remark(decision.path, f"Prune: {which} output channels stay: {decision.note}")
 
     def _numbers_of(self, state: State) -> nn.Module:
         """Return a copy of the model of a dry run with numbers."""

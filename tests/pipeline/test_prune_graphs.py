@@ -95,6 +95,16 @@ def test_half_of_the_filters_of_the_zoo(name, share, tmp_path):
         assert torch.equal(lnn.load(tmp_path / "small.lrnn", ZOO[name]()[0])(inputs), result.model(inputs))
 
 
+def test_the_report_says_which_channels_stay():
+    model, inputs = ZOO["resnet20"]()
+    remarks = lnn.compress_model(model, inputs, lnn.Prune(0.3, granularity="filter"), progress=False).report.remarks
+    some = {path for text, paths in remarks.items() for path in paths if "some output channels stay" in text}
+    every = {path for text, paths in remarks.items() for path in paths if "all output channels stay" in text}
+    # Where channels of the stage before are padded with zeros, those that meet zeros stay.
+    assert some == {f"layer{stage}.{block}.conv2" for stage in (2, 3) for block in (0, 1, 2)}
+    assert every == {"linear"}
+
+
 def test_heads_of_torchs_attention_go():
     model, inputs = ZOO["transformer"]()
     result = half(model, inputs, where="*self_attn")
