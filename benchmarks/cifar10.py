@@ -75,10 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
     dense = cifar_resnet_from(load_file(arguments.weights))
     loader = Augmented(train_images[: arguments.images], train_labels[: arguments.images], 128)
     print(
-        f"{arguments.weights.stem}, {len(labels)} test images, seed {arguments.seed}. Fine-tune: {arguments.epochs} "
-        f"epochs of {128 * len(loader)} augmented training images, distillation, AdamW, lr {arguments.lr}. "
-        f"int8: weights and activations, 512 training images. torch {torch.__version__}, {torch.get_num_threads()} "
-        "threads; ms: median of 25, in turn with the dense network (speed-up in brackets).\n"
+        f"{arguments.weights.stem}, {len(labels)} test images, seed {arguments.seed}. LowRank: on 512 training images. "
+        f"Fine-tune: {arguments.epochs} epochs of {128 * len(loader)} augmented training images, distillation, AdamW, "
+        f"lr {arguments.lr}. int8: norms folded, weights and activations, on the 512 images. torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads; ms: median of 25, in turn with the dense network (speed-up in brackets).\n"
     )
 
     def compress(model: nn.Module, recipe: list[Any], budget: lnn.Budget | None = None) -> lnn.Result:
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
     table = Table(dense, images)
-    int8 = [lnn.Quantize("int8", activations="int8")]
+    int8 = [lnn.FoldBatchNorm(), lnn.Quantize("int8", activations="int8")]
     tune = lnn.FineTune(loader, arguments.epochs, lr=arguments.lr, teacher=dense)
     quantized = compress(dense, int8)
     table.add_dense(quantized, accuracy(dense, images, labels))
