@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         f"{arguments.weights.stem}, {len(labels)} test images, seed {arguments.seed}. LowRank: on 512 training images. "
         f"Fine-tune: {arguments.epochs} epochs of {128 * len(loader)} augmented training images, distillation, AdamW, "
-        f"lr {arguments.lr}. int8: norms folded, weights and activations, on the 512 images. torch {torch.__version__}, "
+        f"lr {arguments.lr}. int8: norms folded, weights and activations, same images. torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads; ms: median of 25, in turn with the dense network (speed-up in brackets).\n"
     )
 
