@@ -1,4 +1,4 @@
-"""Every error that the library raises on purpose.
+"""Every error that the library raises on purpose, and the check of options that many share.
 
 Each message says what is wrong, what was expected and what to do. The walker adds where: it re-raises a layer's
 error through :meth:`LowRankError.at` with the module's dotted path in front.
@@ -64,3 +64,21 @@ class MissingExtraError(LowRankError, ImportError):
 
 class FileFormatError(LowRankError, ValueError):
     """A file that is damaged, or does not fit the model it is loaded into."""
+
+
+def check_whole_number(what: str, value: object, least: int, most: int | None = None) -> int:
+    """Return ``value``, a whole number from ``least`` to ``most``.
+
+    Args:
+        what: Whose option it is, and its name: ``"FineTune: epochs"``.
+        value: What was passed.
+        least: The smallest that is allowed.
+        most: The largest that is allowed; None for no limit.
+
+    Raises:
+        OptionError: It is something else.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most):
+        return value
+    limits = f"from {least}" if most is None else f"from {least} to {most}"
+    raise OptionError(f"{what} must be a whole number {limits}, got {value!r}.")

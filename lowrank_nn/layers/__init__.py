@@ -6,6 +6,7 @@ from lowrank_nn.layers._base import Packing as Packing
 from lowrank_nn.layers._base import layer_cost as layer_cost
 from lowrank_nn.layers._base import layer_output_shape as layer_output_shape
 from lowrank_nn.layers._base import register_layer as register_layer
+from lowrank_nn.layers._leaf import LeafLayer as LeafLayer
 from lowrank_nn.layers._lowrank import LowRankLayer as LowRankLayer
 from lowrank_nn.layers._pruned import PrunedLayer as PrunedLayer
 from lowrank_nn.layers._quantized import QuantLayer as QuantLayer

@@ -24,7 +24,6 @@ class IntegerLayer(QuantizedInputLayer):
             integers. Set where the model was seen to use the output for nothing else.
     """
 
-    bias: torch.nn.Parameter | None
     chained: bool
 
     def forward(self, input: Tensor) -> Tensor:
@@ -95,11 +94,6 @@ class IntegerLayer(QuantizedInputLayer):
     @abc.abstractmethod
     def _weight_grid(self) -> Grid:
         """The integers that a weight may be."""
-
-    @property
-    @abc.abstractmethod
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight, output channels first."""
 
     @abc.abstractmethod
     def _patches(self, codes: Tensor, zero_point: Tensor) -> Tensor:

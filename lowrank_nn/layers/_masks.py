@@ -195,6 +195,27 @@ def keep_largest(scores: Tensor, kept: int) -> Tensor:
     return mask.reshape(scores.shape)
 
 
+def random_mask(name: str, shape: tuple[int, ...], nonzeros: int, device: torch.device) -> Tensor:
+    """Return a bool tensor of ``shape`` that marks ``nonzeros`` entries at random.
+
+    Args:
+        name: Class of the layer, for messages.
+        shape: Shape of the stored weight.
+        nonzeros: How many entries are marked.
+        device: Device of the tensor.
+
+    Raises:
+        OptionError: There are not so many entries, or none would be marked.
+    """
+    count = math.prod(shape)
+    if not 1 <= nonzeros <= count:
+        raise OptionError(
+            f"{name}: nonzeros must be from 1 to the {count} entries of the stored weight, got {nonzeros!r}. Pass None "
+            "for a layer without mask."
+        )
+    return keep_largest(torch.rand(shape, device=device), nonzeros)
+
+
 def bounding_window(positions: Tensor) -> Window | None:
     """Return the smallest rectangle around the marked ``positions``, shape ``(kh, kw)``; None on the meta device."""
     if positions.is_meta:

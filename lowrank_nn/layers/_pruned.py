@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from lowrank_nn.cost import Cost
 from lowrank_nn.errors import OptionError, UnsupportedLayerError
-from lowrank_nn.layers._base import CompressedLayer, Packing
+from lowrank_nn.layers._base import Packing
+from lowrank_nn.layers._leaf import LeafLayer
 from lowrank_nn.layers._masks import Criterion, Granularity, Units, check_sparsity, keep_largest, unit_scores
 from lowrank_nn.layers._shapes import draw_bias_
 from lowrank_nn.layers._source import Source
 from lowrank_nn.layers._window import Window, crop_window, embed_window
 
 
-class PrunedLayer(CompressedLayer):
+class PrunedLayer(LeafLayer):
     """Base of the masked layers: the weight is ``kernel`` where ``mask`` is set, and zero elsewhere.
 
     The mask is applied in every forward, so that zeros never come back: not through momentum, weight decay, loading
@@ -36,7 +37,6 @@ class PrunedLayer(CompressedLayer):
 
     kernel: nn.Parameter
     mask: Tensor
-    bias: nn.Parameter | None
     sparsity: float
     granularity: Granularity
     window: Window | None = None
@@ -96,20 +96,15 @@ class PrunedLayer(CompressedLayer):
         The fan-in is the dense layer's: pruned at random to the density d, a layer's outputs have d times the
         variance of the dense layer's.
         """
-        fan_in = math.prod(self._units.blocks[2:])
-        bound = 1 / math.sqrt(fan_in)
+        bound = self.fan_in**-0.5
         self.kernel.uniform_(-bound, bound)
         self.kernel.copy_(self.masked_kernel())
-        draw_bias_(self.bias, fan_in)
+        draw_bias_(self.bias, self.fan_in)
 
     def masked_kernel(self) -> Tensor:
         """Return the kernel with zeros where the mask is not set; differentiable."""
         # Selecting, unlike multiplying, keeps zeros and their gradients zero beside infinite values too.
         return torch.where(self.mask, self.kernel, 0)
-
-    def stages(self) -> Iterator[nn.Module]:
-        """Yield nothing: the layer is a leaf."""
-        yield from ()
 
     @property
     def nonzeros(self) -> int:
@@ -146,25 +141,16 @@ class PrunedLayer(CompressedLayer):
         """Store the mask as a bitmap, and of the kernel what the mask keeps."""
         return {"kernel": Packing(mask="mask")}
 
-    def cost(self, input_shape: Sequence[int]) -> Cost:
-        """Return params, MACs, bytes and nonzeros of one call.
+    def stored_cost(self) -> Cost:
+        """Return params, bytes and nonzeros of the weight, and its MACs at one position of the output.
 
         A masked convolution needs all MACs of its stored kernel: zeros are multiplied like other numbers. Only a
-        window makes it faster. ``bytes`` is what a file takes: ceil(n / 8) for the mask of n entries, the kept
-        scalars, and the bias.
-
-        Args:
-            input_shape: Shape of the input, batched or not.
+        window makes it faster. ``bytes`` is what a file takes: ceil(n / 8) for the mask of n entries, and the kept
+        scalars.
         """
-        stored, biases = self.kernel.numel(), 0 if self.bias is None else self.bias.numel()
-        positions = math.prod(self.output_shape(input_shape)) // (self._units.blocks[0] * self._units.blocks[1])
-        kept = self.nonzeros + biases
-        return Cost(
-            params=stored + biases,
-            macs=positions * stored,
-            bytes=-(-stored // 8) + kept * self.kernel.element_size(),
-            nonzeros=kept,
-        )
+        stored = self.kernel.numel()
+        size = -(-stored // 8) + self.nonzeros * self.kernel.element_size()
+        return Cost(params=stored, macs=stored, bytes=size, nonzeros=self.nonzeros)
 
     @classmethod
     def total_sparsity(cls, layer: nn.Module, granularity: str, sparsity: float) -> float:

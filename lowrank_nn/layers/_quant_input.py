@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lowrank_nn.errors import CalibrationError, OptionError
 from lowrank_nn.layers._affine import Grid, affine_parameters, fake_quantize, unsigned_grid
-from lowrank_nn.layers._base import CompressedLayer
+from lowrank_nn.layers._leaf import LeafLayer
 from lowrank_nn.layers._observers import make_observer
 from lowrank_nn.layers._qdq import exports_pairs, quantize_dequantize
 
 
-class QuantizedInputLayer(CompressedLayer):
+class QuantizedInputLayer(LeafLayer):
     """Base of the layers that may round their input to unsigned integers, one scale and zero point for all of it.
 
     Attributes:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import abc
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lowrank_nn.cost import Cost
-from lowrank_nn.errors import OptionError
+from lowrank_nn.errors import OptionError, check_whole_number
 from lowrank_nn.layers._affine import (
     Grid,
     affine_parameters,
@@ -25,7 +24,7 @@ from lowrank_nn.layers._affine import (
 )
 from lowrank_nn.layers._base import Packing
 from lowrank_nn.layers._integer import IntegerLayer
-from lowrank_nn.layers._masks import keep_largest
+from lowrank_nn.layers._masks import random_mask
 from lowrank_nn.layers._pruned import PrunedLayer, sparsity_options
 from lowrank_nn.layers._qdq import dequantize_weight, exports_pairs
 from lowrank_nn.layers._quant_input import check_calibration
@@ -66,7 +65,6 @@ class QuantLayer(IntegerLayer):
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
     mask: Tensor | None
-    bias: nn.Parameter | None
     window: Window | None = None
 
     def _set_up(
@@ -86,11 +84,6 @@ class QuantLayer(IntegerLayer):
         self.activation_bits = None if activation_bits is None else self._check_bits("activation_bits", activation_bits)
         if scheme not in ("symmetric", "affine"):
             raise OptionError(f"{type(self).__name__}: scheme must be 'symmetric' or 'affine', got {scheme!r}.")
-        if nonzeros is not None and not 1 <= nonzeros <= math.prod(shape):
-            raise OptionError(
-                f"{type(self).__name__}: nonzeros must be from 1 to the {math.prod(shape)} entries of the stored "
-                f"weight, got {nonzeros!r}. Pass None for a layer without mask."
-            )
         self.scheme, self.frozen, self.nonzeros = scheme, False, nonzeros
         kernel = torch.zeros(shape, device=device, dtype=dtype)
         # Both names are registered in either state, so that the order of the parameters is the same.
@@ -99,7 +92,7 @@ class QuantLayer(IntegerLayer):
         for name in BUFFERS:
             setattr(self, name, None)
         if nonzeros is not None:
-            self._set_buffers(mask=keep_largest(torch.rand(shape, device=kernel.device), nonzeros))
+            self._set_buffers(mask=random_mask(type(self).__name__, shape, nonzeros, kernel.device))
         if self.activation_bits is not None:
             zero_point = torch.zeros((), dtype=torch.int32, device=kernel.device)
             self._set_buffers(input_scale=kernel.new_ones(()), input_zero_point=zero_point)
@@ -123,9 +116,7 @@ class QuantLayer(IntegerLayer):
                 self.register_buffer(name, tensor)
 
     def _check_bits(self, name: str, value: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
-            raise OptionError(f"{type(self).__name__}: {name} must be a whole number from 2 to 8, got {value!r}.")
-        return value
+        return check_whole_number(f"{type(self).__name__}: {name}", value, 2, 8)
 
     @classmethod
     def from_pretrained_layer(
@@ -258,15 +249,6 @@ class QuantLayer(IntegerLayer):
             codes = torch.where(self.mask, codes, zero_point.to(torch.int8))
         return codes, scale, zero_point
 
-    @property
-    @abc.abstractmethod
-    def fan_in(self) -> int:
-        """Inputs that one output sums over."""
-
-    def stages(self) -> Iterator[nn.Module]:
-        """Yield nothing: the layer is a leaf."""
-        yield from ()
-
     def packing(self) -> Mapping[str, Packing]:
         """Store integers in the bits they need, and nothing of what a mask drops."""
         mask = None if self.mask is None else "mask"
@@ -274,25 +256,21 @@ class QuantLayer(IntegerLayer):
             return {"weight_int": Packing(self.bits, mask)}
         return {} if mask is None else {"latent": Packing(mask=mask)}
 
-    def cost(self, input_shape: Sequence[int]) -> Cost:
-        """Return params, MACs, bytes and nonzeros of one call.
+    def stored_cost(self) -> Cost:
+        """Return params, bytes and nonzeros of the weight, and its MACs at one position of the output.
 
-        ``params`` counts the stored weights, whatever their bits, and the bias, and not the scales. ``bytes`` is what
-        a file takes: ceil(n bits / 8) for n weights (floats when not frozen), with a mask the kept weights and
-        ceil(n / 8) for the mask, and scales, zero points and bias as they are.
-
-        Args:
-            input_shape: Shape of the input, batched or not.
+        ``params`` counts the stored weights, whatever their bits, and not the scales. ``bytes`` is what a file takes:
+        ceil(n bits / 8) for n weights (floats when not frozen), with a mask the kept weights and ceil(n / 8) for the
+        mask, and scales and zero points, those of the input too, as they are.
         """
         kernel = cast(Tensor, self.weight_int if self.frozen else self.latent)
-        stored, biases = kernel.numel(), 0 if self.bias is None else self.bias.numel()
+        stored = kernel.numel()
         kept = stored if self.nonzeros is None else self.nonzeros
         width = self.bits if self.frozen else 8 * kernel.element_size()
-        beside = (self.weight_scale, self.weight_zero_point, self.input_scale, self.input_zero_point, self.bias)
+        beside = (self.weight_scale, self.weight_zero_point, self.input_scale, self.input_zero_point)
         size = -(-kept * width // 8) + (0 if self.mask is None else -(-stored // 8))
         size += sum(t.numel() * t.element_size() for t in beside if t is not None)
-        positions = math.prod(self.output_shape(input_shape)) // kernel.shape[0]
-        return Cost(params=stored + biases, macs=positions * stored, bytes=size, nonzeros=kept + biases)
+        return Cost(params=stored, macs=stored, bytes=size, nonzeros=kept)
 
     @property
     def _weight_grid(self) -> Grid:

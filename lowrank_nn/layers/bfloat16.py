@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,14 +13,15 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lowrank_nn.cost import Cost
-from lowrank_nn.layers._base import CompressedLayer, register_layer
+from lowrank_nn.layers._base import register_layer
+from lowrank_nn.layers._leaf import LeafLayer
 from lowrank_nn.layers._packed import Derived, is_channels_last, may_use_kernel, own_tensors
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size, draw_bias_
 from lowrank_nn.layers._source import read_layer
 from lowrank_nn.layers._window import explicit_padding, pad_and_crop
 
 
-class BFloat16Layer(CompressedLayer):
+class BFloat16Layer(LeafLayer):
     """Base of the layers with a weight in bfloat16: float32 with 8 significant bits.
 
     Attributes:
@@ -29,7 +29,6 @@ class BFloat16Layer(CompressedLayer):
     """
 
     kernel: Tensor
-    bias: nn.Parameter | None
     _dtype_holder: Tensor
 
     def _set_up(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
@@ -66,11 +65,6 @@ class BFloat16Layer(CompressedLayer):
         """None: the weight is always rounded."""
         return None
 
-    @property
-    @abc.abstractmethod
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the weight, output channels first."""
-
     @torch.no_grad()
     def approximate_(self, weight: Tensor) -> None:
         """Set each entry to the bfloat16 nearest to ``weight``."""
@@ -79,25 +73,18 @@ class BFloat16Layer(CompressedLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weight as torch draws dense ones, from +-1 / sqrt(fan_in), and the bias."""
-        fan_in = math.prod(self.weight_shape[1:])
-        bound = 1 / math.sqrt(fan_in)
+        bound = self.fan_in**-0.5
         self.approximate_(torch.empty_like(self.kernel, dtype=torch.float32).uniform_(-bound, bound))
-        draw_bias_(self.bias, fan_in)
+        draw_bias_(self.bias, self.fan_in)
 
     def dense_weight(self) -> Tensor:
         """Return the weight in the dtype of the layer."""
         return self.kernel.to(self._dtype_holder.dtype)
 
-    def stages(self) -> Iterator[nn.Module]:
-        """Yield nothing: the layer is a leaf."""
-        yield from ()
-
-    def cost(self, input_shape: Any) -> Cost:
-        """Return params, MACs, bytes and nonzeros of one call; two bytes a weight."""
+    def stored_cost(self) -> Cost:
+        """Return params, bytes and nonzeros of the weight, and its MACs at one position; two bytes a weight."""
         stored = self.kernel.numel()
-        biases, width = (0, 0) if self.bias is None else (self.bias.numel(), self.bias.element_size())
-        positions = math.prod(self.output_shape(input_shape)) // self.weight_shape[0]
-        return Cost(stored + biases, positions * stored, 2 * stored + width * biases, stored + biases)
+        return Cost(params=stored, macs=stored, bytes=2 * stored, nonzeros=stored)
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer: in bfloat16 where kernels do, else in the dtype of the input with rounded weights."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import abc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,8 @@ from typing_extensions import Self
 
 from lowrank_nn.cost import Cost
 from lowrank_nn.layers._affine import widened
-from lowrank_nn.layers._base import CompressedLayer, Packing, register_layer
+from lowrank_nn.layers._base import Packing, register_layer
+from lowrank_nn.layers._leaf import LeafLayer
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size, draw_bias_
 from lowrank_nn.layers._source import read_layer
 
@@ -26,7 +26,7 @@ def sign_through(x: Tensor) -> Tensor:
     return torch.where(x < 0, -1, 1).to(x.dtype) + (clipped - clipped.detach())
 
 
-class BinaryLayer(CompressedLayer):
+class BinaryLayer(LeafLayer):
     r"""Base of the binary layers: W_o = alpha_o sign(latent_o), alpha_o = mean \|latent_o\| over each filter.
 
     The weight is in one of two states. Frozen, it is a bit per weight and a scale per filter; nothing of it trains.
@@ -46,7 +46,6 @@ class BinaryLayer(CompressedLayer):
     latent: nn.Parameter | None
     signs: Tensor | None
     weight_scale: Tensor | None
-    bias: nn.Parameter | None
 
     def _set_up(self, bias: bool, frozen: bool, binary_inputs: bool, **factory: Any) -> None:
         """Create the tensors."""
@@ -155,39 +154,20 @@ class BinaryLayer(CompressedLayer):
             scale, signs = _mean_magnitudes(self.latent), sign_through(self.latent)
         return scale.reshape(-1, *(1,) * (signs.dim() - 1)) * signs
 
-    @property
-    @abc.abstractmethod
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight, output channels first."""
-
-    @property
-    @abc.abstractmethod
-    def fan_in(self) -> int:
-        """Inputs that one output sums over."""
-
-    def stages(self) -> Iterator[nn.Module]:
-        """Yield nothing: the layer is a leaf."""
-        yield from ()
-
     def packing(self) -> Mapping[str, Packing]:
         """Store signs as bits."""
         return {"signs": Packing(bits=1)} if self.frozen else {}
 
-    def cost(self, input_shape: Sequence[int]) -> Cost:
-        """Return params, MACs, bytes and nonzeros of one call.
+    def stored_cost(self) -> Cost:
+        """Return params, bytes and nonzeros of the weight, and its MACs at one position of the output.
 
-        ``params`` counts the weights, whatever their bits, and the bias, and not the scales. ``bytes`` is what a file
-        takes: ceil(n / 8) for n signs and the scales (floats when not frozen), and the bias. The MACs are the dense
-        layer's: there are no kernels for bits here.
-
-        Args:
-            input_shape: Shape of the input, batched or not.
+        ``params`` counts the weights, whatever their bits, and not the scales. ``bytes`` is what a file takes:
+        ceil(n / 8) for n signs, and the scales; floats when not frozen. The MACs are the dense layer's: there are no
+        kernels for bits here.
         """
-        count, biases = math.prod(self.weight_shape), 0 if self.bias is None else self.bias.numel()
-        floats = cast(Tensor, self.weight_scale if self.frozen else self.latent)
-        size = (floats.numel() + biases) * floats.element_size() + (-(-count // 8) if self.frozen else 0)
-        positions = math.prod(self.output_shape(input_shape)) // self.weight_shape[0]
-        return Cost(count + biases, macs=positions * count, bytes=size, nonzeros=count + biases)
+        count, floats = math.prod(self.weight_shape), cast(Tensor, self.weight_scale if self.frozen else self.latent)
+        size = floats.numel() * floats.element_size() + (-(-count // 8) if self.frozen else 0)
+        return Cost(params=count, macs=count, bytes=size, nonzeros=count)
 
     def _seen(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
         """Return the input as the layer sees it: its signs times the mean magnitude over ``dims``, or itself."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +13,9 @@ from typing_extensions import Self
 from lowrank_nn.cost import Cost
 from lowrank_nn.decompose import kmeans_1d, nearest_centroid
 from lowrank_nn.decompose.kmeans import Init
-from lowrank_nn.errors import OptionError
+from lowrank_nn.errors import check_whole_number
 from lowrank_nn.layers._base import Packing, register_layer
-from lowrank_nn.layers._masks import checked_fisher, keep_largest
+from lowrank_nn.layers._masks import checked_fisher, random_mask
 from lowrank_nn.layers._pruned import PrunedLayer, sparsity_options
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size, draw_bias_
 from lowrank_nn.layers._shared import SharedWeightLayer, look_up
@@ -47,14 +46,8 @@ class CodebookLayer(SharedWeightLayer):
     def _set_up(self, shape: tuple[int, ...], bias: bool, bits: int, nonzeros: int | None, **factory: Any) -> None:
         """Check the options and create the tensors; ``shape`` is that of the stored kernel."""
         name = type(self).__name__
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-            raise OptionError(f"{name}: bits must be a whole number from 1 to 8, got {bits!r}.")
-        if nonzeros is not None and not 1 <= nonzeros <= math.prod(shape):
-            raise OptionError(
-                f"{name}: nonzeros must be from 1 to the {math.prod(shape)} entries of the stored weight, got "
-                f"{nonzeros!r}. Pass None for a layer without mask."
-            )
-        self.bits, self.nonzeros = bits, nonzeros
+        self.bits = check_whole_number(f"{name}: bits", bits, 1, 8)
+        self.nonzeros = nonzeros
         self.codebook = nn.Parameter(torch.empty(2**bits, **factory))
         self.bias = nn.Parameter(torch.empty(shape[0], **factory)) if bias else None
         self.register_buffer("indices", torch.zeros(shape, dtype=torch.uint8, device=self.codebook.device))
@@ -62,7 +55,7 @@ class CodebookLayer(SharedWeightLayer):
         if nonzeros is None:
             self.mask = None
         else:
-            self.register_buffer("mask", keep_largest(torch.rand(shape, device=self.codebook.device), nonzeros))
+            self.register_buffer("mask", random_mask(name, shape, nonzeros, self.codebook.device))
         self.reset_parameters()
 
     @classmethod
@@ -133,16 +126,17 @@ class CodebookLayer(SharedWeightLayer):
         return {"indices": Packing(self.bits, None if self.mask is None else "mask")}
 
     def stored_cost(self) -> Cost:
-        """Return params, bytes and nonzeros of what is stored, without the bias.
+        """Return params, bytes and nonzeros of the weight, and its MACs at one position of the output.
 
         ``params`` counts the weights, whatever their bits. ``bytes`` is what a file takes: ceil(n bits / 8) for n
-        indices, the codebook, and with a mask the kept indices and ceil(n / 8) for the mask.
+        indices, the codebook, and with a mask the kept indices and ceil(n / 8) for the mask. The MACs are those of
+        the stored kernel, which is put together anew in each forward.
         """
         stored = self.indices.numel()
         kept = stored if self.nonzeros is None else self.nonzeros
         size = -(-kept * self.bits // 8) + self.codebook.numel() * self.codebook.element_size()
         size += 0 if self.mask is None else -(-stored // 8)
-        return Cost(params=stored, bytes=size, nonzeros=kept)
+        return Cost(params=stored, macs=stored, bytes=size, nonzeros=kept)
 
     @torch.no_grad()
     def _fit_(self, weight: Tensor, init: Init = "optimal", fisher: Tensor | None = None, seed: int = 0) -> None:

@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from lowrank_nn.cost import Cost
-from lowrank_nn.errors import OptionError
+from lowrank_nn.errors import OptionError, check_whole_number
 from lowrank_nn.layers._affine import widened
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size, draw_bias_
 from lowrank_nn.layers._shared import SharedWeightLayer, look_up
 from lowrank_nn.layers._source import read_layer
 
+_LARGEST = 2**30 - 1  # the indices, signs in them, are int32
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 
@@ -72,10 +73,8 @@ class HashedLayer(SharedWeightLayer):
     def _set_up(self, shape: tuple[int, ...], bias: bool, buckets: int, seed: int, **factory: Any) -> None:
         """Check the options and create the tensors."""
         name = type(self).__name__
-        for option, value, least in (("buckets", buckets, 1), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**30:
-                raise OptionError(f"{name}: {option} must be a whole number from {least} to 2^30 - 1, got {value!r}.")
-        self.buckets, self.seed = buckets, seed
+        self.buckets = check_whole_number(f"{name}: buckets", buckets, 1, _LARGEST)
+        self.seed = check_whole_number(f"{name}: seed", seed, 0, _LARGEST)
         self.values = nn.Parameter(torch.empty(buckets, **factory))
         self.bias = nn.Parameter(torch.empty(shape[0], **factory)) if bias else None
         indices = torch.empty(shape, dtype=torch.int32, device=self.values.device)
@@ -158,8 +157,9 @@ class HashedLayer(SharedWeightLayer):
         return self.stored_weight()
 
     def stored_cost(self) -> Cost:
-        """Return params, bytes and nonzeros of the values; places cost nothing."""
-        return Cost(self.buckets, bytes=self.buckets * self.values.element_size(), nonzeros=self.buckets)
+        """Return params, bytes and nonzeros of the values, and the MACs of all weights; places cost nothing."""
+        size = self.buckets * self.values.element_size()
+        return Cost(params=self.buckets, macs=self.indices.numel(), bytes=size, nonzeros=self.buckets)
 
 
 @register_layer

@@ -31,7 +31,7 @@ from lowrank_nn.layers._window import Window, check_window, crop_window, embed_w
 
 
 @register_layer
-class PrunedConv2d(PrunedLayer, CompressedConv2d):
+class PrunedConv2d(CompressedConv2d, PrunedLayer):
     r"""``nn.Conv2d`` with units of its weight held at zero: W = kernel * mask.
 
     Units of the weight ``(O, I / groups, kh, kw)``, by ``granularity``:
@@ -184,7 +184,7 @@ def _window_of(layer: nn.Module) -> Window | None:
 
 
 @register_layer
-class PrunedLinear(PrunedLayer, CompressedLinear):
+class PrunedLinear(CompressedLinear, PrunedLayer):
     r"""``nn.Linear`` with units of its weight held at zero: y = (kernel * mask) x + b.
 
     Units of the weight ``(out_features, in_features)``, by ``granularity``: ``"element"``, one scalar; ``"channel"``,

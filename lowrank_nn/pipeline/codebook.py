@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lowrank_nn.decompose.kmeans import Init
-from lowrank_nn.errors import OptionError, PlanError
+from lowrank_nn.errors import OptionError, PlanError, check_whole_number
 from lowrank_nn.layers import CodebookConv2d, CodebookLinear, CompressedLayer
 from lowrank_nn.pipeline.apply import class_for, decide_layer
 from lowrank_nn.pipeline.select import Patterns, select
@@ -55,8 +55,7 @@ class Codebook(Step):
     ) -> None:
         conv_bits = bits if conv_bits is None else conv_bits
         for name, value in (("bits", bits), ("conv_bits", conv_bits)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 8:
-                raise OptionError(f"Codebook: {name} must be a whole number from 1 to 8, got {value!r}.")
+            check_whole_number(f"Codebook: {name}", value, 1, 8)
         if (batches is None) != (loss is None):
             raise OptionError(
                 "Codebook: batches and loss go together (loss(model, batch) -> scalar). Without both k-means is plain."

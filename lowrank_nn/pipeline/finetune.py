@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lowrank_nn.distill import FeatureLoss, Guidance, distill_loss
-from lowrank_nn.errors import OptionError, PlanError
+from lowrank_nn.errors import OptionError, PlanError, check_whole_number
 from lowrank_nn.graph import call_model
 from lowrank_nn.graph.sites import describe_paths
 from lowrank_nn.layers import BinaryLayer, QuantLayer
@@ -104,8 +104,7 @@ class FineTune(Step):
         checkpoint: str | Path | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-            raise OptionError(f"FineTune: epochs must be a whole number from 1, got {epochs!r}.")
+        check_whole_number("FineTune: epochs", epochs, 1)
         for name, value in (("lr", lr), ("temperature", temperature)):
             if not (math.isfinite(value) and value > 0):
                 raise OptionError(f"FineTune: {name} must be a positive number, got {value!r}.")

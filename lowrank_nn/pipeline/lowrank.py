@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lowrank_nn.cost import Cost
-from lowrank_nn.errors import BudgetError, CalibrationError, OptionError, PlanError
+from lowrank_nn.errors import BudgetError, CalibrationError, OptionError, PlanError, check_whole_number
 from lowrank_nn.graph import Site
 from lowrank_nn.layers import LAYERS, LowRankLayer, RankRule, SVDConv2d, SVDLinear, TuckerConv2d
 from lowrank_nn.pipeline.apply import class_for, decide_layer, refusal
@@ -19,7 +19,7 @@ from lowrank_nn.pipeline.evidence import Evidence, carry_out, changed_since_give
 from lowrank_nn.pipeline.select import Patterns, select, strictest
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning import Budget, Candidate, Clock, SiteCandidates, TimedCandidates
-from lowrank_nn.planning.constraints import checked_multiple, checked_shares, in_multiples, within_shares
+from lowrank_nn.planning.constraints import checked_shares, in_multiples, within_shares
 from lowrank_nn.planning.rules import ALLOCATIONS, AllocationRule
 
 
@@ -99,7 +99,7 @@ class LowRank(Step):
                 "a budget. Leave rank out, or leave them out."
             )
         self.where, self.but_not, self.rank, self.allocation = where, but_not, rank, allocation
-        self.multiple_of = checked_multiple(multiple_of)
+        self.multiple_of = check_whole_number("LowRank: multiple_of", multiple_of, 1)
         self.at_least, self.at_most = checked_shares("at_least", at_least), checked_shares("at_most", at_most)
         self.formats = None if formats is None else tuple(formats)
         self.data_aware, self.curvature, self.reconstruct = data_aware, curvature, reconstruct

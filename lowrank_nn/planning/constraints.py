@@ -43,17 +43,6 @@ def within_shares(table: SiteCandidates, least: float, most: float) -> SiteCandi
     return dataclasses.replace(table, candidates=kept)
 
 
-def checked_multiple(multiple: int) -> int:
-    """Return what ranks are to be multiples of.
-
-    Raises:
-        OptionError: It is no whole number from 1.
-    """
-    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-        raise OptionError(f"LowRank: multiple_of must be a whole number from 1, got {multiple!r}.")
-    return multiple
-
-
 def checked_shares(name: str, bounds: Mapping[str, float] | None) -> dict[str, float]:
     """Return shares by pattern.
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowrank_nn.errors import OptionError
+from lowrank_nn.errors import OptionError, check_whole_number
 
 Scope = Literal["layer", "global"]
 
@@ -35,8 +35,7 @@ class KeepRule:
     def __post_init__(self) -> None:
         if self.scope not in ("layer", "global"):
             raise OptionError(f"Prune: scope must be 'layer' or 'global', got {self.scope!r}.")
-        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
-            raise OptionError(f"Prune: round_to must be a whole number from 1, got {self.round_to!r}.")
+        check_whole_number("Prune: round_to", self.round_to, 1)
         if not 0 <= self.min_keep < 1:
             raise OptionError(f"Prune: min_keep is a share from 0 to below 1, got {self.min_keep!r}.")
 

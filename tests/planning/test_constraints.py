@@ -8,7 +8,7 @@ from lowrank_nn.errors import OptionError, PlanError
 from lowrank_nn.graph import record
 from lowrank_nn.layers import SVDConv2d, TuckerConv2d
 from lowrank_nn.planning import SiteCandidates, low_rank_candidates
-from lowrank_nn.planning.constraints import checked_multiple, checked_shares, in_multiples, within_shares
+from lowrank_nn.planning.constraints import checked_shares, in_multiples, within_shares
 from tests.storage.models import seeded
 
 
@@ -61,12 +61,6 @@ def test_a_layer_that_cannot_be_replaced():
     assert within_shares(closed, 0.5, 1.0) is not None
     with pytest.raises(PlanError, match=r"a\.b .* cannot: the model never calls it"):
         within_shares(closed, 0.0, 0.5)
-
-
-@pytest.mark.parametrize("multiple", [0, -8, 2.0, True, "8"])
-def test_what_is_no_multiple(multiple):
-    with pytest.raises(OptionError, match="multiple_of must be a whole number from 1, got"):
-        checked_multiple(multiple)
 
 
 @pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan")])
