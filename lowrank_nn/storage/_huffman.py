@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from lowrank_nn.errors import FileFormatError
 from lowrank_nn.storage._bits import Bytes, pack_bits, packed_length, unpack_bits
 from lowrank_nn.storage._frequencies import Frequencies, count_symbols
+from lowrank_nn.storage._lanes import check_lanes, choose_lanes
 
 Lengths: TypeAlias = NDArray[np.uint8]
 
@@ -26,15 +27,13 @@ LONGEST = 12  # bits of a code word; the table of all then has 4096 places
 LENGTH_BITS = 4  # of a length in the file
 WORD = 32  # bits by which streams are written and read
 LANE_BYTES = 512  # coded bytes per lane, which takes 6 beside them
-MANY_LANES = 1 << 14  # more lanes are no faster: the arrays leave the cache
-MAX_STEPS = 4096  # symbols per lane; bounds the time of decoding
 FRONT = 5  # largest symbol, lanes
 
 
 def coded_size(counts: Frequencies) -> int:
     """Return about how many bytes :func:`encode` makes of symbols that occur ``counts`` times."""
     bits = int((counts * code_lengths(counts)).sum())
-    lanes = _lanes(int(counts.sum()), bits)
+    lanes = choose_lanes(int(counts.sum()), bits, LANE_BYTES)
     return FRONT + packed_length(counts.size, LENGTH_BITS) + 6 * lanes + bits // 8
 
 
@@ -44,7 +43,7 @@ def encode(symbols: Bytes) -> Bytes:
         return np.empty(0, np.uint8)
     counts = count_symbols(symbols)
     lengths = code_lengths(counts)
-    lanes = _lanes(symbols.size, int((counts * lengths).sum()))
+    lanes = choose_lanes(symbols.size, int((counts * lengths).sum()), LANE_BYTES)
     sizes, words = _write_lanes(symbols, lanes, lengths)
     front = np.array([counts.size - 1], np.uint8)
     numbers = np.concatenate([np.array([lanes], "<u4"), sizes.astype("<u4")]).view(np.uint8)
@@ -72,8 +71,7 @@ def decode(data: Bytes, count: int) -> tuple[Bytes, int]:
     alphabet, lanes = int(data[0]) + 1, int.from_bytes(data[1:FRONT].tobytes(), "little")
     sizes_at = FRONT + packed_length(alphabet, LENGTH_BITS)
     words_at = sizes_at + 4 * lanes
-    if not 1 <= lanes <= count <= lanes * MAX_STEPS or words_at > data.size:
-        raise FileFormatError(f"cannot hold {count} symbols in {lanes} lanes and {data.size} bytes")
+    check_lanes(lanes, count, words_at, data.size)
     lengths = unpack_bits(data[FRONT:sizes_at], alphabet, LENGTH_BITS, 0, np.dtype(np.uint8))
     sizes = data[sizes_at:words_at].copy().view("<u4").astype(np.int64)
     end = words_at + 4 * int(sizes.sum())
@@ -96,10 +94,6 @@ def code_lengths(counts: Frequencies) -> Lengths:
     for _, symbols in packages[: len(coins) - 1]:
         np.add.at(lengths, symbols, 1)
     return lengths
-
-
-def _lanes(count: int, bits: int) -> int:
-    return min(count, max(1, -(-count // MAX_STEPS), min(bits // 8 // LANE_BYTES, MANY_LANES)))
 
 
 def _canonical(lengths: Lengths) -> tuple[Bytes, NDArray[np.uint32]]:

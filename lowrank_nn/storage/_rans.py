@@ -31,14 +31,13 @@ from lowrank_nn.storage._frequencies import (
     read_table,
     write_table,
 )
+from lowrank_nn.storage._lanes import check_lanes, choose_lanes
 
 States: TypeAlias = NDArray[np.uint32]
 Words: TypeAlias = NDArray[np.uint16]
 
 LOW = 1 << 16  # the least that a state may be
 LANE_BYTES = 256  # coded bytes per lane, of which a lane wastes one or two
-MANY_LANES = 1 << 14  # more lanes are no faster: the arrays leave the cache
-MAX_STEPS = 4096  # symbols per lane; bounds the time of decoding: 4096 rounds, and some nanoseconds per symbol
 FRONT = 6  # precision, largest symbol, lanes
 
 
@@ -46,7 +45,7 @@ def coded_size(counts: Frequencies) -> int:
     """Return about how many bytes :func:`encode` makes of symbols that occur ``counts`` times."""
     _, frequencies = choose_frequencies(counts)
     count, bits = int(counts.sum()), coded_bits(counts, frequencies)
-    lanes = _lanes(count, bits)
+    lanes = choose_lanes(count, bits, LANE_BYTES)
     in_stream = bits * (1 - _tail(count, lanes, counts.size) / count)
     return FRONT + write_table(frequencies).size + 3 * lanes + int(in_stream / 8)
 
@@ -57,7 +56,7 @@ def encode(symbols: Bytes) -> Bytes:
         return np.empty(0, np.uint8)
     counts = count_symbols(symbols)
     precision, frequencies = choose_frequencies(counts)
-    lanes = _lanes(symbols.size, coded_bits(counts, frequencies))
+    lanes = choose_lanes(symbols.size, coded_bits(counts, frequencies), LANE_BYTES)
     body = symbols.size - _tail(symbols.size, lanes, counts.size)
     states = _hide(symbols[body:], lanes, counts.size)
     stream = _push_all(symbols[:body], states, precision, frequencies)
@@ -87,8 +86,7 @@ def decode(data: Bytes, count: int) -> tuple[Bytes, int]:
     frequencies, used = read_table(data[FRONT:], alphabet, precision)
     states_at = FRONT + used
     stream_at = states_at + 4 * lanes
-    if not 1 <= lanes <= count <= lanes * MAX_STEPS or stream_at > data.size:
-        raise FileFormatError(f"cannot hold {count} symbols in {lanes} lanes and {data.size} bytes")
+    check_lanes(lanes, count, stream_at, data.size)
     states = data[states_at:stream_at].copy().view("<u4")
     stream = data[stream_at : data.size - (data.size - stream_at) % 2].view("<u2")
     symbols = np.empty(count, np.uint8)
@@ -96,10 +94,6 @@ def decode(data: Bytes, count: int) -> tuple[Bytes, int]:
     words = _pull_all(symbols[:body], states, stream, frequencies, precision)
     symbols[body:] = _reveal(states, count - body, alphabet)
     return symbols, stream_at + 2 * words
-
-
-def _lanes(count: int, bits: float) -> int:
-    return min(count, max(1, -(-count // MAX_STEPS), min(int(bits / 8 / LANE_BYTES), MANY_LANES)))
 
 
 def _width(alphabet: int) -> int:

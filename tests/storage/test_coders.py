@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lowrank_nn.errors import FileFormatError
 from lowrank_nn.storage._coders import CODERS
 from lowrank_nn.storage._frequencies import count_symbols
-from lowrank_nn.storage._rans import MAX_STEPS
+from lowrank_nn.storage._lanes import MAX_STEPS
 from tests.storage.symbols import BELL, GEOMETRIC, SPARSE, TWO_SIDED, draw
 
 UNUSUAL = [[], [0], [255], [7] * 1000, [0, 255] * 3, list(range(256)), [0] * 70000 + [1]]
