@@ -12,7 +12,7 @@ from lowrank_nn.graph.preserve import untouched
 from lowrank_nn.layers._deferred import Deferred, rounded_tensors
 from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._kernel import packed_weight
-from lowrank_nn.layers._onednn import PackedWeight
+from lowrank_nn.layers._sources import Weight
 
 
 def chain_quantized(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def chain_quantized(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
     return tuple(path for path in layers if path in chained)
 
 
-def _exposed(model: nn.Module, example_inputs: Any) -> set[PackedWeight]:
+def _exposed(model: nn.Module, example_inputs: Any) -> set[Weight]:
     """Run the model and return the weights whose outputs it returned, or used as floats after they were rounded."""
     with rounded_tensors() as makers, torch.no_grad():
         output = call_model(model, example_inputs)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lowrank_nn.layers._onednn import Activation, PackedWeight
-from lowrank_nn.layers._sources import HARDSWISH, RELU, RELU6, SILU, Floats, Joined, Pooled, Source, computed
+from lowrank_nn.layers._onednn import Activation
+from lowrank_nn.layers._sources import HARDSWISH, RELU, RELU6, SILU, Floats, Joined, Pooled, Source, Weight, computed
 
 
 class Deferred(Tensor):
@@ -75,13 +75,13 @@ class Deferred(Tensor):
         return func(*args, **kwargs)
 
 
-_ROUNDED: list[set[PackedWeight]] = []
+_ROUNDED: list[set[Weight]] = []
 
 
 @contextlib.contextmanager
-def rounded_tensors() -> Iterator[set[PackedWeight]]:
+def rounded_tensors() -> Iterator[set[Weight]]:
     """Collect in a block the makers of tensors whose floats were wanted when they had been rounded to bytes already."""
-    makers: set[PackedWeight] = set()
+    makers: set[Weight] = set()
     _ROUNDED.append(makers)
     try:
         yield makers

@@ -11,9 +11,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_nn.layers._affine import Grid, accumulator_dtype, integer_product, quantize, widened
+from lowrank_nn.layers._deferred import Deferred
 from lowrank_nn.layers._kernel import KERNELS, kernel_for
 from lowrank_nn.layers._onednn import Geometry
+from lowrank_nn.layers._qdq import PairedLayer, exports_pairs
 from lowrank_nn.layers._quant_input import QuantizedInputLayer
+from lowrank_nn.layers._sources import Product
 
 
 class IntegerLayer(QuantizedInputLayer):
@@ -25,6 +28,7 @@ class IntegerLayer(QuantizedInputLayer):
     """
 
     chained: bool
+    output_range: tuple[float, float] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer: on integer kernels where that can be done, else by :meth:`simulate`.
@@ -33,7 +37,10 @@ class IntegerLayer(QuantizedInputLayer):
             input: Of the shape that the replaced layer takes.
         """
         kernel = kernel_for(self, input)
-        return self.simulate(input) if kernel is None else kernel(self, input)
+        if kernel is not None:
+            return kernel(self, input)
+        y = self.simulate(input)
+        return self._chained_export(y) if self.chained and torch.onnx.is_in_onnx_export() else y
 
     @abc.abstractmethod
     def simulate(self, x: Tensor) -> Tensor:
@@ -42,6 +49,12 @@ class IntegerLayer(QuantizedInputLayer):
     @abc.abstractmethod
     def geometry(self) -> Geometry | None:
         """Return where the taps of the convolution are; None for a linear layer."""
+
+    def _chained_export(self, y: Tensor) -> Tensor:
+        """Return the output in a graph that is exported to ONNX: what follows decides where it is rounded."""
+        if self.activation_bits != 8 or not exports_pairs(self._input_grid("forward")[0]) or y.device.type != "cpu":
+            return y
+        return Deferred(Product(PairedLayer(self.geometry(), self.output_range), y, tuple(y.shape), True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         KERNELS.forget(self)  # the tensors are about to be moved or cast

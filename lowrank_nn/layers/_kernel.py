@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_nn.layers._affine import Grid, unsigned_grid
 from lowrank_nn.layers._deferred import Deferred
-from lowrank_nn.layers._onednn import CodeGrid, PackedWeight, encode, is_exact, sums_fit
+from lowrank_nn.layers._onednn import CodeGrid, PackedWeight, is_exact, sums_fit
 from lowrank_nn.layers._packed import Derived, is_channels_last, may_use_kernel, own_tensors
 from lowrank_nn.layers._sources import Product, computed
 
@@ -50,7 +50,7 @@ class Kernel:
         """Return the bytes of a batched input, its shape, and whether it is channels-last."""
         if isinstance(x, Deferred):
             return x.source.codes(self.grid), x.source.shape, x.source.channels_last
-        codes, channels_last = encode(x, self.grid), is_channels_last(x)
+        codes, channels_last = self.grid.encode(x), is_channels_last(x)
         if self._geometry is not None and codes.shape[1] >= _MANY and not channels_last:
             codes = codes.contiguous(memory_format=torch.channels_last)
         return codes, tuple(x.shape), channels_last

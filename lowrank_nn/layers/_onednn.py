@@ -29,6 +29,23 @@ class CodeGrid(NamedTuple):
     zero_point: int
     top: int
 
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the bytes that stand for ``x``: round(x / scale) + zero_point, clipped to the grid.
+
+        The same integers as ``quantize`` gives, several times as fast: torch's cast of floats to uint8 is not
+        vectorised, that to int8 is.
+
+        Args:
+            x: float32 values on the CPU.
+        """
+        steps = torch.div(x, self.scale).round_()
+        steps.clamp_(-self.zero_point, self.top - self.zero_point).add_(self.zero_point - 128)
+        return steps.to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return what bytes stand for, float32."""
+        return codes.to(torch.float32).sub_(self.zero_point).mul_(self.scale)
+
 
 class Geometry(NamedTuple):
     """Where the taps of a convolution are.
@@ -46,26 +63,6 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int]
     groups: int
     mode: str = "constant"
-
-
-def encode(x: Tensor, grid: CodeGrid) -> Tensor:
-    """Return the bytes that stand for ``x``: round(x / scale) + zero_point, clipped to the grid.
-
-    The same integers as ``quantize`` gives, several times as fast: torch's cast of floats to uint8 is not vectorised,
-    that to int8 is.
-
-    Args:
-        x: float32 values on the CPU.
-        grid: What the bytes shall stand for.
-    """
-    steps = torch.div(x, grid.scale).round_()
-    steps.clamp_(-grid.zero_point, grid.top - grid.zero_point).add_(grid.zero_point - 128)
-    return steps.to(torch.int8).view(torch.uint8).bitwise_xor_(128)
-
-
-def decode(codes: Tensor, grid: CodeGrid) -> Tensor:
-    """Return what bytes stand for, float32."""
-    return codes.to(torch.float32).sub_(grid.zero_point).mul_(grid.scale)
 
 
 class PackedWeight:

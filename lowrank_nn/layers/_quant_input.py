@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lowrank_nn.errors import CalibrationError, OptionError
 from lowrank_nn.layers._affine import Grid, affine_parameters, fake_quantize, unsigned_grid
+from lowrank_nn.layers._deferred import Deferred
 from lowrank_nn.layers._leaf import LeafLayer
 from lowrank_nn.layers._observers import make_observer
-from lowrank_nn.layers._qdq import exports_pairs, quantize_dequantize
+from lowrank_nn.layers._qdq import PairGrid, exports_pairs
 
 
 class QuantizedInputLayer(LeafLayer):
@@ -75,7 +76,8 @@ class QuantizedInputLayer(LeafLayer):
         scale, zero_point, grid = self._input_grid("forward")
         # QuantizeLinear clips to the whole byte.
         if self.activation_bits == 8 and exports_pairs(scale):
-            return quantize_dequantize(x, scale, zero_point)
+            pair = PairGrid(scale, zero_point.to(torch.uint8))
+            return pair.decode(x.source.codes(pair) if isinstance(x, Deferred) else pair.encode(x))
         return fake_quantize(x, scale, zero_point, grid)
 
     def _input_grid(self, method: str) -> tuple[Tensor, Tensor, Grid]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_nn.layers._onednn import NONE, Activation, CodeGrid, PackedWeight, decode, encode
+from lowrank_nn.layers._onednn import NONE, Activation, CodeGrid, Geometry
+from lowrank_nn.layers._qdq import PairGrid
 
 RELU: Activation = ("relu", ())
 RELU6: Activation = ("hardtanh", (0.0, 6.0))
@@ -18,6 +20,28 @@ SILU: Activation = ("swish", ())
 
 _MONOTONE = (RELU, RELU6)  # these commute with the maximum
 _UNIT = CodeGrid(1.0, 0, 255)
+
+
+class Grid(Protocol):
+    """What bytes stand for: a ``CodeGrid``, or a ``PairGrid`` in a graph that is exported."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the bytes that stand for ``x``."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return what bytes stand for."""
+
+
+class Weight(Protocol):
+    """What computes a layer: a ``PackedWeight``, or a ``PairedLayer`` in a graph that is exported."""
+
+    geometry: Geometry | None
+
+    def run(self, codes: Tensor, out: Any, activation: Activation) -> Tensor:
+        """Return the activation of the layer's result."""
+
+    def run_and_add(self, codes: Tensor, out: Any, added: Tensor, added_grid: Any, activation: Activation) -> Tensor:
+        """Return the activation of the sum of the layer's result and ``added``."""
 
 
 class Source(abc.ABC):
@@ -30,29 +54,29 @@ class Source(abc.ABC):
         makers: Weights of the layers whose output this is, activated, pooled or joined.
     """
 
-    def __init__(self, shape: tuple[int, ...], channels_last: bool, makers: tuple[PackedWeight, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], channels_last: bool, makers: tuple[Weight, ...]) -> None:
         self.shape, self.channels_last, self.makers = shape, channels_last, makers
-        self.grid: CodeGrid | None = None
+        self.grid: Grid | None = None
         self._codes: Tensor | None = None
 
-    def codes(self, grid: CodeGrid) -> Tensor:
+    def codes(self, grid: Grid) -> Tensor:
         """Return the tensor as bytes on ``grid``; not to be changed in place."""
         if self._codes is None:
             self._codes, self.grid = self.compute(grid), grid
             self.release()
         if grid == self.grid:
             return self._codes
-        return encode(self.values(), grid)
+        return grid.encode(self.values())
 
     def values(self) -> Tensor:
         """Return the tensor as new floats. Where there are bytes, what they stand for."""
         if self._codes is None:
             return self.compute(None)
         assert self.grid is not None
-        return decode(self._codes, self.grid)
+        return self.grid.decode(self._codes)
 
     @abc.abstractmethod
-    def compute(self, grid: CodeGrid | None) -> Tensor:
+    def compute(self, grid: Grid | None) -> Tensor:
         """Compute the bytes on ``grid``, or, without one, the floats."""
 
     @abc.abstractmethod
@@ -73,7 +97,7 @@ class Product(Source):
 
     def __init__(
         self,
-        weight: PackedWeight,
+        weight: Weight,
         codes: Tensor,
         shape: tuple[int, ...],
         channels_last: bool,
@@ -84,7 +108,7 @@ class Product(Source):
         self._weight, self._input = weight, codes
         self._added, self._activation = added, activation
 
-    def compute(self, grid: CodeGrid | None) -> Tensor:
+    def compute(self, grid: Grid | None) -> Tensor:
         """Run the kernel."""
         if self._added is None:
             y = self._weight.run(self._input, grid, self._activation)
@@ -95,7 +119,7 @@ class Product(Source):
             return self._weight.run_and_add(self._input, grid, added, self._added.grid, self._activation)
         added = self._added.values().contiguous(memory_format=torch.channels_last)
         y = self._weight.run_and_add(self._input, None, added, _UNIT, self._activation)
-        return y if grid is None else encode(y, grid)
+        return y if grid is None else grid.encode(y)
 
     def release(self) -> None:
         """Let go of the input and the tensor added."""
@@ -130,11 +154,14 @@ class Pooled(Source):
         super().__init__(shape, source.channels_last, source.makers)
         self._source, self._window = source, (size, stride, pad)
 
-    def compute(self, grid: CodeGrid | None) -> Tensor:
+    def compute(self, grid: Grid | None) -> Tensor:
         """Take the maxima: of bytes, their order is that of the numbers."""
         if grid is None:
             return F.max_pool2d(self._source.values(), *self._window)
-        return _largest(self._source.codes(grid), *self._window)
+        codes = self._source.codes(grid)
+        if isinstance(grid, PairGrid):
+            return grid.encode(F.max_pool2d(grid.decode(codes), *self._window))
+        return _largest(codes, *self._window)
 
     def release(self) -> None:
         """Let go of what was pooled."""
@@ -170,7 +197,7 @@ class Joined(Source):
         super().__init__(shape, sources[0].channels_last, tuple(maker for s in sources for maker in s.makers))
         self._sources = tuple(sources)
 
-    def compute(self, grid: CodeGrid | None) -> Tensor:
+    def compute(self, grid: Grid | None) -> Tensor:
         """Join the bytes, or the floats."""
         return torch.cat([s.values() if grid is None else s.codes(grid) for s in self._sources], 1)
 
@@ -182,19 +209,19 @@ class Joined(Source):
 class Floats(Source):
     """An ordinary tensor: one that somebody asked for the floats of, and may have changed since."""
 
-    def __init__(self, tensor: Tensor, makers: tuple[PackedWeight, ...]) -> None:
+    def __init__(self, tensor: Tensor, makers: tuple[Weight, ...]) -> None:
         super().__init__(tuple(tensor.shape), False, makers)
         self.tensor = tensor
 
-    def codes(self, grid: CodeGrid) -> Tensor:
+    def codes(self, grid: Grid) -> Tensor:
         """Round the floats as they are now."""
-        return encode(self.tensor, grid)
+        return grid.encode(self.tensor)
 
     def values(self) -> Tensor:
         """Return a copy."""
         return self.tensor.clone()
 
-    def compute(self, grid: CodeGrid | None) -> Tensor:
+    def compute(self, grid: Grid | None) -> Tensor:
         """As :meth:`codes` or :meth:`values`."""
         return self.values() if grid is None else self.codes(grid)
 

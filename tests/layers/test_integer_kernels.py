@@ -17,7 +17,7 @@ from lowrank_nn.layers import PrunedConv2d, QuantConv2d, QuantLinear
 from lowrank_nn.layers import _onednn as onednn
 from lowrank_nn.layers._affine import quantize, unsigned_grid
 from lowrank_nn.layers._kernel import kernel_for, obstacle
-from lowrank_nn.layers._onednn import CodeGrid, Geometry, PackedWeight, encode
+from lowrank_nn.layers._onednn import CodeGrid, Geometry, PackedWeight
 from tests.layers.geometries import AWKWARD, convolutions, dense_conv
 
 needs_kernels = pytest.mark.skipif(not onednn.is_exact(255, 127), reason="no exact integer kernels on this machine")
@@ -105,7 +105,7 @@ def test_bytes_are_those_of_the_reference(bits, low, high):
     x = torch.cat([3 * randn(500), ties, torch.nextafter(ties, torch.tensor(9e9)), torch.tensor([9e9, -9e9, 0.0])])
     x = torch.cat([x, torch.tensor([torch.inf, -torch.inf])])
     expected = quantize(x, scale, zero_point, unsigned_grid(bits), torch.uint8)
-    assert torch.equal(encode(x, CodeGrid(float(scale), int(zero_point), grid.high)), expected)
+    assert torch.equal(CodeGrid(float(scale), int(zero_point), grid.high).encode(x), expected)
 
 
 @pytest.mark.parametrize("activation", [("none", ()), ("relu", ()), ("hardtanh", (0.0, 6.0)), ("hardswish", ())])
