@@ -18,11 +18,11 @@ from lowrank_nn.decompose.tucker import tucker2_errors as tucker2_errors
 from lowrank_nn.decompose.vbmf import EVBMF as EVBMF
 from lowrank_nn.decompose.vbmf import evbmf as evbmf
 from lowrank_nn.decompose.vbmf import evbmf_rank as evbmf_rank
-from lowrank_nn.decompose.weighted import balanced as balanced
 from lowrank_nn.decompose.weighted import weighted_svd as weighted_svd
 from lowrank_nn.decompose.weighted import weighted_svd_errors as weighted_svd_errors
 from lowrank_nn.decompose.weighted_cp import weighted_cp as weighted_cp
 from lowrank_nn.decompose.weighted_cp import weighted_cp_errors as weighted_cp_errors
+from lowrank_nn.decompose.weighted_tucker import weighted_tucker1 as weighted_tucker1
 from lowrank_nn.decompose.weighted_tucker import weighted_tucker1_errors as weighted_tucker1_errors
 from lowrank_nn.decompose.weighted_tucker import weighted_tucker2 as weighted_tucker2
 from lowrank_nn.decompose.weighted_tucker import weighted_tucker2_errors as weighted_tucker2_errors

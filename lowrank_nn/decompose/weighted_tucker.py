@@ -13,7 +13,7 @@ from lowrank_nn.decompose._lbfgs import Curvature, descend
 from lowrank_nn.decompose._regression import Point, regressions
 from lowrank_nn.decompose.metric import Metric
 from lowrank_nn.decompose.tucker import TuckerFactors
-from lowrank_nn.decompose.weighted import is_seen, weighted_svd
+from lowrank_nn.decompose.weighted import balanced, is_seen, weighted_svd
 
 
 @torch.no_grad()
@@ -103,6 +103,24 @@ def weighted_tucker2_errors(weight: Tensor, metric: Metric, in_ranks: Sequence[i
         truncated = _tails(torch.linalg.eigvalsh(N).clamp(min=0).flip(1))
         columns.append((truncated + missed[:, rank - 1 : rank]).sum(0))
     return torch.stack(columns, dim=1)
+
+
+@torch.no_grad()
+def weighted_tucker1(weight: Tensor, metric: Metric, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose a kernel along its input mode under a metric: :func:`weighted_tucker2` of two factors, balanced.
+
+    Args:
+        weight: Shape (out_channels, in_channels / groups, *spatial).
+        metric: What is to be small of the weight's change.
+        start: The input factor (groups, I, r) that the result shall not be worse than, whatever goes with it.
+
+    Returns:
+        Factors (groups, I, r) and (groups, r, O * taps) of the matrices of inputs by outputs and positions, as a
+        truncated SVD would share out the norm; float64.
+    """
+    core, _, in_factor = weighted_tucker2(weight, metric, (None, start.shape[-1]), start=start)
+    assert in_factor is not None
+    return balanced(in_factor, core.transpose(1, 2).flatten(2))
 
 
 @torch.no_grad()

@@ -34,20 +34,6 @@ def draw_bias_(bias: Tensor | None, fan_in: int) -> None:
             bias.uniform_(-bound, bound)
 
 
-def factor_std(factors: int, terms: int, fan_in: int) -> float:
-    """Return the standard deviation of factor entries whose products add up to torch's default variance.
-
-    torch draws dense weights from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), of variance 1 / (3 fan_in). A sum of
-    ``terms`` products of ``factors`` independent entries of standard deviation s has variance terms * s^(2 factors).
-
-    Args:
-        factors: Number of factors in each product.
-        terms: Number of products that add up to one entry of the dense weight.
-        fan_in: Inputs that one output sums over.
-    """
-    return float((1 / (3 * fan_in * terms)) ** (1 / (2 * factors)))
-
-
 class CompressedConv2d(CompressedLayer):
     """Base of the layers that replace ``nn.Conv2d``; holds its geometry under the same attribute names."""
 
@@ -209,3 +195,21 @@ class CompressedLinear(CompressedLayer):
             "out_features": self.out_features,
             "bias": self.bias is not None,
         }
+
+
+@torch.no_grad()
+def draw_factors_(layer: CompressedConv2d | CompressedLinear, terms: int) -> None:
+    """Fill the stages of a low-rank layer so that its dense weight has the variance of torch's default, and the bias.
+
+    torch draws dense weights from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), of variance 1 / (3 fan_in). A sum of
+    ``terms`` products of n independent entries of standard deviation s has variance terms * s^(2 n).
+
+    Args:
+        layer: The layer; each entry of its dense weight is a sum of products of one entry of each stage.
+        terms: Number of products in that sum.
+    """
+    stages = list(layer.stages())
+    std = (1 / (3 * layer.fan_in * terms)) ** (1 / (2 * len(stages)))
+    for stage in stages:
+        stage.get_parameter("weight").normal_(0, std)
+    draw_bias_(layer.bias if isinstance(layer.bias, Tensor) else None, layer.fan_in)

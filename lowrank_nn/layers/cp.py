@@ -18,7 +18,7 @@ from lowrank_nn.errors import OptionError, RankError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
-from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_bias_, factor_std
+from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_factors_
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages
 
@@ -300,13 +300,9 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
         terms = [cp_tensor(group) for group in zip(*(factor.double() for factor in self._factors()), strict=True)]
         return metric.error((torch.stack(terms) - tensors).flatten(0, 1))
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw factors whose product has the variance of ``nn.Conv2d``'s default weight."""
-        std = factor_std(self.factors, self.rank, self.fan_in)
-        for stage in self._stages():
-            stage.weight.normal_(0, std)
-        draw_bias_(self.expand.bias, self.fan_in)
+        draw_factors_(self, terms=self.rank)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the convolutions: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lowrank_nn.decompose import Metric, balanced, truncated_svd, weighted_tucker1_errors, weighted_tucker2
+from lowrank_nn.decompose import Metric, truncated_svd, weighted_tucker1, weighted_tucker1_errors
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._matrix import MatrixProblem
 from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
-from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_bias_, factor_std
+from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_factors_
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages
 
@@ -175,9 +175,7 @@ class SpatialSVDConv2d(LowRankLayer, CompressedConv2d):
             metric: What is to be small of the difference.
         """
         start = self.vertical.weight.reshape(self.groups, self.rank, -1).mT
-        core, _, in_factor = weighted_tucker2(_merge_rows(weight), metric, (None, self.rank), start=start)
-        assert in_factor is not None
-        self._set(*balanced(in_factor, core.transpose(1, 2).flatten(2)))
+        self._set(*weighted_tucker1(_merge_rows(weight), metric, start))
 
     def _set(self, left: Tensor, right: Tensor) -> None:
         """Take over factors ``(groups, I/g kh, rank)`` and ``(groups, rank, O/g kw)`` of the matrices."""
@@ -186,13 +184,9 @@ class SpatialSVDConv2d(LowRankLayer, CompressedConv2d):
         self.vertical.weight.copy_(left.mT.reshape(self.vertical.weight.shape))
         self.horizontal.weight.copy_(horizontal.reshape(self.horizontal.weight.shape))
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw factors whose product has the variance of ``nn.Conv2d``'s default weight."""
-        std = factor_std(2, self.rank, self.fan_in)
-        self.vertical.weight.normal_(0, std)
-        self.horizontal.weight.normal_(0, std)
-        draw_bias_(self.horizontal.bias, self.fan_in)
+        draw_factors_(self, terms=self.rank)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply both convolutions: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""

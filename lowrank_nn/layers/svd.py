@@ -12,12 +12,11 @@ from typing_extensions import Self
 
 from lowrank_nn.decompose import (
     Metric,
-    balanced,
     truncated_svd,
     weighted_svd,
     weighted_svd_errors,
+    weighted_tucker1,
     weighted_tucker1_errors,
-    weighted_tucker2,
 )
 from lowrank_nn.errors import OptionError
 from lowrank_nn.layers._base import register_layer
@@ -29,8 +28,7 @@ from lowrank_nn.layers._shapes import (
     CompressedLinear,
     PaddingMode,
     Size,
-    draw_bias_,
-    factor_std,
+    draw_factors_,
 )
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages
@@ -139,13 +137,9 @@ class SVDLinear(LowRankLayer, CompressedLinear):
         """Set the factors to the best under ``metric``: the closed form needs no start."""
         self.approximate_(weight, metric)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw factors whose product has the variance of ``nn.Linear``'s default weight."""
-        std = factor_std(2, self.rank, self.fan_in)
-        self.reduce.weight.normal_(0, std)
-        self.expand.weight.normal_(0, std)
-        draw_bias_(self.expand.bias, self.fan_in)
+        draw_factors_(self, terms=self.rank)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply both factors: ``(*, in_features)`` to ``(*, out_features)``."""
@@ -338,9 +332,7 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
             self.approximate_(weight, metric)
             return
         start = self.reduce.weight.reshape(self.groups, self.rank, -1).mT
-        core, _, in_factor = weighted_tucker2(weight, metric, (None, self.rank), start=start)
-        assert in_factor is not None
-        self._set_factors(*balanced(in_factor, core.transpose(1, 2).flatten(2)))
+        self._set_factors(*weighted_tucker1(weight, metric, start))
 
     def _set_factors(self, left: Tensor, right: Tensor) -> None:
         """Take the factors (groups, m, rank) and (groups, rank, n) of each group's unfolding."""
@@ -352,13 +344,9 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
             self.reduce.weight.copy_(right.reshape(self.reduce.weight.shape))
             self.expand.weight.copy_(left.reshape(self.expand.weight.shape))
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw factors whose product has the variance of ``nn.Conv2d``'s default weight."""
-        std = factor_std(2, self.rank, self.fan_in)
-        self.reduce.weight.normal_(0, std)
-        self.expand.weight.normal_(0, std)
-        draw_bias_(self.expand.bias, self.fan_in)
+        draw_factors_(self, terms=self.rank)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply both convolutions: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""

@@ -22,7 +22,7 @@ from lowrank_nn.errors import RankError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer, Rank
 from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, aligned, check_rank
-from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_bias_, factor_std
+from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_factors_
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages
 
@@ -300,15 +300,9 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
         if self.expand is not None and out_factor is not None:
             self.expand.weight.copy_(out_factor.flatten(0, 1)[:, :, None, None])
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw factors whose product has the variance of ``nn.Conv2d``'s default weight."""
-        stages = self._stages()
-        terms = (self.rank[0] or 1) * (self.rank[1] or 1)
-        std = factor_std(len(stages), terms, self.fan_in)
-        for stage in stages:
-            stage.weight.normal_(0, std)
-        draw_bias_(self.bias, self.fan_in)
+        draw_factors_(self, terms=(self.rank[0] or 1) * (self.rank[1] or 1))
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the convolutions: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""

@@ -16,6 +16,7 @@ from lowrank_nn.decompose import (
     TuckerFactors,
     tucker2,
     weighted_svd_errors,
+    weighted_tucker1,
     weighted_tucker1_errors,
     weighted_tucker2,
     weighted_tucker2_errors,
@@ -296,6 +297,19 @@ def test_one_direction_that_outweighs_all_others(share):
     found = weighted_tucker2(weight, metric, (4, 8), start=without.in_factor)
     assert metric.error(weight - dense(found)) < 0.2 * metric.error(weight - dense(without))
     assert found.core.isfinite().all()
+
+
+def test_one_mode_as_two_factors_that_share_the_norm():
+    weight, metric = problem(groups=2)
+    start = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 5, 3)))
+    left, right = weighted_tucker1(weight, metric, start)
+    fitted = dense(weighted_tucker2(weight, metric, (None, 3), start=start))
+    for group, kernel in enumerate(fitted.chunk(2)):
+        matrix = kernel.transpose(0, 1).flatten(1).numpy()  # inputs by outputs and positions
+        np.testing.assert_allclose(left[group] @ right[group], matrix, atol=1e-10)
+        norms = np.diag(np.linalg.svd(matrix, compute_uv=False)[:3])
+        np.testing.assert_allclose(left[group].mT @ left[group], norms, atol=1e-10)
+        np.testing.assert_allclose(right[group] @ right[group].mT, norms, atol=1e-10)
 
 
 def test_same_bits_twice_and_memory_format_does_not_matter():
