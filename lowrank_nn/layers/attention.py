@@ -36,7 +36,7 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
         Raises:
             UnsupportedLayerError: It adds keys and values of its own.
         """
-        width = attention.out_proj.weight.shape[1]
+        width = len(_matrices(attention)[0])  # out_proj may be a compressed layer
         q, k, v = (w.shape[1] for w in _matrices(attention))
         if width != q and (attention.bias_k is not None or attention.add_zero_attn):
             raise UnsupportedLayerError(

@@ -136,6 +136,21 @@ def test_heads(path):
         lnn.load(path, other)
 
 
+@pytest.mark.parametrize("then", [lnn.Quantize("int8"), lnn.LowRank(rank=lnn.Params(0.7))])
+def test_heads_whose_projection_another_step_replaced(path, then):
+    def make():
+        torch.manual_seed(0)
+        return nn.TransformerEncoderLayer(64, 4, 64, batch_first=True).eval()
+
+    x = torch.randn(2, 5, 64)
+    model = lnn.compress_model(make(), x, [lnn.Prune(0.25, granularity="filter"), then], progress=False).model
+    assert isinstance(model.self_attn.out_proj, lnn.CompressedLayer)
+    assert model.self_attn.num_heads == 3
+    lnn.save(model, path)
+    with torch.no_grad():
+        assert torch.equal(lnn.load(path, make())(x), model(x))
+
+
 class Split(nn.Module):
     def __init__(self):
         super().__init__()
