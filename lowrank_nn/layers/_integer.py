@@ -25,10 +25,11 @@ class IntegerLayer(QuantizedInputLayer):
     Attributes:
         chained: Whether the output may stay uncomputed on its way to other quantized layers, which then take it over as
             integers. Set where the model was seen to use the output for nothing else.
+        output_range: (min, max) of the output on typical data, for exported graphs; None if it is not known.
     """
 
     chained: bool
-    output_range: tuple[float, float] | None = None
+    output_range: tuple[float, float] | None
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer: on integer kernels where that can be done, else by :meth:`simulate`.

@@ -37,7 +37,7 @@ def value_range(x: Tensor) -> tuple[float, float]:
     low, high = (float(bound) for bound in torch.aminmax(x.detach()))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CalibrationError(
-            "calibration: the input holds NaN or infinite values. Look for the damaged sample, or the layer before "
+            "calibration: there are NaN or infinite values. Look for the damaged sample, or the layer before "
             "that overflows."
         )
     return low, high

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,19 @@ class QuantizedInputLayer(LeafLayer):
         assert self.input_scale is not None
         assert self.input_zero_point is not None
         return self.input_scale, self.input_zero_point, unsigned_grid(self.activation_bits)
+
+
+def check_range(name: str, value: Sequence[float] | None) -> tuple[float, float] | None:
+    """Return ``value`` as (min, max), or None where it is None.
+
+    Raises:
+        OptionError: It is not two finite numbers in order.
+    """
+    if value is None:
+        return None
+    if len(value) != 2 or not (math.isfinite(value[0]) and math.isfinite(value[1]) and value[0] <= value[1]):
+        raise OptionError(f"{name} must be two finite numbers (min, max), got {value!r}. Pass None if it is not known.")
+    return (float(value[0]), float(value[1]))
 
 
 def check_calibration(name: str, activation_bits: int | None, inputs: Any, input_range: Any) -> None:

@@ -129,6 +129,7 @@ class QuantLayer(IntegerLayer):
         inputs: Tensor | Iterable[Tensor] | None = None,
         observer: str = "minmax",
         input_range: tuple[float, float] | None = None,
+        output_range: tuple[float, float] | None = None,
         frozen: bool = True,
     ) -> Self:
         """Build the layer from ``layer``, each weight rounded to the nearest number on the grid.
@@ -144,6 +145,7 @@ class QuantLayer(IntegerLayer):
                 range of the quantized input from.
             observer: How it is chosen from them: ``"minmax"``, ``"percentile"`` or ``"mse"``.
             input_range: (min, max) in place of ``inputs``, where it was measured already.
+            output_range: (min, max) of the output on typical data, for exported graphs.
             frozen: True: integers, to be used. False: floats on the grid, to be trained; call ``freeze()`` after.
 
         Raises:
@@ -154,6 +156,7 @@ class QuantLayer(IntegerLayer):
         check_calibration(cls.__name__, activation_bits, inputs, input_range)
         source = read_layer(layer, cls)
         options: dict[str, Any] = {"bits": bits, "scheme": scheme, "activation_bits": activation_bits}
+        options["output_range"] = output_range
         new = source.empty(cls, **options, frozen=frozen, **sparsity_options(layer))
         if new.mask is not None:
             assert isinstance(layer, PrunedLayer)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._onednn import Geometry
+from lowrank_nn.layers._quant_input import check_range
 from lowrank_nn.layers._quantized import QuantLayer, Scheme
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size
 from lowrank_nn.layers._window import check_window, embed_window, pad_and_crop, window_padding
@@ -51,6 +52,8 @@ class QuantConv2d(CompressedConv2d, QuantLayer):
         window: (top, left, height, width) of the rectangle of the kernel that is stored, the rest being zero.
         nonzeros: Entries of the stored kernel that a mask keeps; None for no mask.
         chained: Whether the output may stay uncomputed on its way to other quantized layers, in eval mode.
+        output_range: (min, max) of the output on typical data. Exported to ONNX, a chained layer rounds its output to
+            bytes of that range where something else than a quantized layer reads it; None if it is not known.
         device: Device of the tensors.
         dtype: Dtype of parameters and scales.
 
@@ -87,6 +90,7 @@ class QuantConv2d(CompressedConv2d, QuantLayer):
         window: Sequence[int] | None = None,
         nonzeros: int | None = None,
         chained: bool = False,
+        output_range: Sequence[float] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -95,7 +99,7 @@ class QuantConv2d(CompressedConv2d, QuantLayer):
         size = self.kernel_size if self.window is None else self.window[2:]
         shape = (*self.weight_shape[:2], *size)
         self._set_up(shape, bias, bits, scheme, activation_bits, frozen, nonzeros, device, dtype)
-        self.chained = chained
+        self.chained, self.output_range = chained, check_range(f"{type(self).__name__}: output_range", output_range)
 
     def simulate(self, x: Tensor) -> Tensor:
         """Convolve with the rounded weight: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
@@ -145,6 +149,8 @@ class QuantLinear(CompressedLinear, QuantLayer):
         frozen: Whether the weight is stored as integers; else it is a float parameter that is rounded in each forward.
         nonzeros: Entries of the weight that a mask keeps; None for no mask.
         chained: Whether the output may stay uncomputed on its way to other quantized layers, in eval mode.
+        output_range: (min, max) of the output on typical data. Exported to ONNX, a chained layer rounds its output to
+            bytes of that range where something else than a quantized layer reads it; None if it is not known.
         device: Device of the tensors.
         dtype: Dtype of parameters and scales.
 
@@ -174,12 +180,13 @@ class QuantLinear(CompressedLinear, QuantLayer):
         frozen: bool = False,
         nonzeros: int | None = None,
         chained: bool = False,
+        output_range: Sequence[float] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
         self._set_up(self.weight_shape, bias, bits, scheme, activation_bits, frozen, nonzeros, device, dtype)
-        self.chained = chained
+        self.chained, self.output_range = chained, check_range(f"{type(self).__name__}: output_range", output_range)
 
     def simulate(self, x: Tensor) -> Tensor:
         """Apply the rounded weight: ``(*, in_features)`` to ``(*, out_features)``."""

@@ -17,7 +17,7 @@ from lowrank_nn.pipeline.apply import class_for, decide_layer
 from lowrank_nn.pipeline.fastest import slower_layers
 from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State, Step
-from lowrank_nn.planning.ranges import collect_input_ranges
+from lowrank_nn.planning.ranges import collect_ranges
 
 _CLASSES: dict[bool, tuple[type[CompressedLayer], ...]] = {
     True: (QuantConv2d, QuantLinear),
@@ -126,13 +126,13 @@ class Quantize(Step):
                 state.remark(decision.path, f"Quantize: simulated in floating point: {reason}")
 
     def measure(self, state: State, decisions: list[Decision]) -> dict[str, dict[str, Any]]:
-        """Return the input range of each layer to be quantized, measured on the calibration batches."""
+        """Return the ranges of each layer to be quantized, measured on the calibration batches."""
         if self.activation_bits is None or state.dry:
             return {decision.path: self._stand_ins() for decision in decisions}
         assert state.calibration is not None
         paths = [decision.path for decision in decisions]
         try:
-            ranges = collect_input_ranges(
+            ranges = collect_ranges(
                 state.model,
                 state.calibration,
                 paths,
@@ -142,7 +142,7 @@ class Quantize(Step):
             )
         except LowRankError as error:
             raise type(error)(f"Quantize: {error}") from error
-        return {path: {"input_range": ranges[path]} for path in paths}
+        return {path: {"input_range": ranges[path].input, "output_range": ranges[path].output} for path in paths}
 
     def _stand_ins(self) -> dict[str, Any]:
         return {} if self.activation_bits is None else {"input_range": (0.0, 1.0)}

@@ -14,4 +14,4 @@ from lowrank_nn.planning.latency import TimedCandidates as TimedCandidates
 from lowrank_nn.planning.latency import present_layers as present_layers
 from lowrank_nn.planning.layer_choices import LayerChoices as LayerChoices
 from lowrank_nn.planning.metrics import collect_metrics as collect_metrics
-from lowrank_nn.planning.ranges import collect_input_ranges as collect_input_ranges
+from lowrank_nn.planning.ranges import collect_ranges as collect_ranges

@@ -433,7 +433,7 @@ BAD_CALLS = [
     (
         {"activation_bits": 8, "inputs": torch.tensor([math.nan])},
         CalibrationError,
-        "QuantLinear: calibration: the input holds NaN",
+        "QuantLinear: calibration: there are NaN",
     ),
     (
         {"activation_bits": 8, "inputs": [(torch.ones(2), 1)]},

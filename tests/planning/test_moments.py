@@ -403,7 +403,7 @@ BAD_CALLS = [
         [randn(1, 3, 4, 4), randn(1, 3, 4, 4) / 0],
         PATHS,
         CalibrationError,
-        "conv: calibration: the input holds NaN or infinite values",
+        "conv: calibration: there are NaN or infinite values",
     ),
     ([randn(1, 3, 4, 4), randn(1, 4)], PATHS, CalibrationError, "calibration: the forward failed on batch 2"),
 ]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lowrank_nn.errors import CalibrationError, OptionError, PlanError
-from lowrank_nn.planning import collect_input_ranges
+from lowrank_nn.planning import collect_ranges
 
 
 def randn(*shape, seed=0):
@@ -59,34 +59,42 @@ PATHS = ["conv", "again", "head"]
 
 def test_ranges_are_those_of_the_inputs_in_eval_mode():
     model, batches = net(), [randn(5, 3, 6, 6, seed=s) * (s + 1) for s in range(3)]
-    ranges = collect_input_ranges(model, batches, PATHS)
+    ranges = collect_ranges(model, batches, PATHS)
     seen = by_hand(model, batches)
-    assert ranges == {path: (min(seen[path].min(), 0), max(seen[path].max(), 0)) for path in PATHS}
-    clipped = collect_input_ranges(model, batches, PATHS, observer="percentile")
+    for path in PATHS:
+        assert ranges[path].input == (min(seen[path].min(), 0), max(seen[path].max(), 0))
+    clipped = collect_ranges(model, batches, PATHS, observer="percentile")
     for path in PATHS:
         width = np.ptp(np.append(seen[path], 0)) / 1023
-        assert abs(clipped[path][1] - max(np.percentile(seen[path], 99.99, method="higher"), 0)) <= 2 * width
+        assert abs(clipped[path].input[1] - max(np.percentile(seen[path], 99.99, method="higher"), 0)) <= 2 * width
+
+
+def test_ranges_of_outputs_are_those_of_what_layers_return():
+    layer = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.constant_(layer.weight, -2)
+    batches = [torch.full((1, 1, 2, 2), value) for value in (1.0, 3.0, -0.5)]
+    assert collect_ranges(nn.Sequential(layer, nn.ReLU()), batches, ["0"])["0"].output == (-6, 1)
 
 
 def test_the_mse_range_depends_on_the_bits():
     model, batches = net(), [randn(8, 3, 16, 16)]
-    few = collect_input_ranges(model, batches, ["conv"], observer="mse", bits=3)
-    many = collect_input_ranges(model, batches, ["conv"], observer="mse", bits=8)
-    assert few["conv"][1] < 0.8 * many["conv"][1]
+    few = collect_ranges(model, batches, ["conv"], observer="mse", bits=3)
+    many = collect_ranges(model, batches, ["conv"], observer="mse", bits=8)
+    assert few["conv"].input[1] < 0.8 * many["conv"].input[1]
 
 
 def test_results_do_not_depend_on_how_the_data_come_in_batches():
     model, x = net(), randn(24, 3, 6, 6)
     for observer in ("minmax", "percentile", "mse"):
-        one = collect_input_ranges(model, x, ["conv"], observer=observer)
-        assert one == collect_input_ranges(model, x.split(7), ["conv"], observer=observer)
-        assert one == collect_input_ranges(model, iter(x.flip(0).split(5)), ["conv"], observer=observer)
+        one = collect_ranges(model, x, ["conv"], observer=observer)
+        assert one == collect_ranges(model, x.split(7), ["conv"], observer=observer)
+        assert one == collect_ranges(model, iter(x.flip(0).split(5)), ["conv"], observer=observer)
 
 
 def test_labels_are_ignored_and_the_number_of_batches_is_limited():
     model, x = net(), randn(12, 3, 6, 6)
     loader = DataLoader(TensorDataset(x, torch.arange(12)), batch_size=4)
-    assert collect_input_ranges(model, loader, PATHS) == collect_input_ranges(model, x.split(4), PATHS)
+    assert collect_ranges(model, loader, PATHS) == collect_ranges(model, x.split(4), PATHS)
     pulled = []
 
     def endless():
@@ -94,7 +102,7 @@ def test_labels_are_ignored_and_the_number_of_batches_is_limited():
             pulled.append(1)
             yield x[:4], None
 
-    assert collect_input_ranges(model, endless(), PATHS, max_batches=2) == collect_input_ranges(model, x[:4], PATHS)
+    assert collect_ranges(model, endless(), PATHS, max_batches=2) == collect_ranges(model, x[:4], PATHS)
     assert len(pulled) == 2
 
 
@@ -118,23 +126,24 @@ def test_models_of_two_inputs():
         {"b": b, "a": a},
         [({"a": a, "b": b}, 7)],
     ):
-        assert collect_input_ranges(Two(), batches, ["left", "right"]) == expected
+        ranges = collect_ranges(Two(), batches, ["left", "right"])
+        assert {path: found.input for path, found in ranges.items()} == expected
 
 
 def test_layers_inside_the_fused_encoder_are_seen():
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x = randn(2, 5, 8)
-    ranges = collect_input_ranges(encoder, [x], ["linear1", "linear2"])
-    assert ranges["linear2"][0] == 0
+    ranges = collect_ranges(encoder, [x], ["linear1", "linear2"])
+    assert ranges["linear2"].input[0] == 0
     assert torch.backends.mha.get_fastpath_enabled()
     assert "forward" not in vars(encoder.linear1)
 
 
 def test_the_model_itself_and_shared_layers_have_a_range():
     layer = nn.Linear(2, 2)
-    assert collect_input_ranges(layer, torch.tensor([[1.0, -3.0]]), [""]) == {"": (-3, 1)}
+    assert collect_ranges(layer, torch.tensor([[1.0, -3.0]]), [""])[""].input == (-3, 1)
     shared = nn.Sequential(layer, layer)
-    ranges = collect_input_ranges(shared, torch.tensor([[1.0, -3.0]]), ["0", "1", "0"])
+    ranges = collect_ranges(shared, torch.tensor([[1.0, -3.0]]), ["0", "1", "0"])
     assert list(ranges) == ["0", "1"]
     assert ranges["0"] == ranges["1"]
 
@@ -154,7 +163,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error(batch):
     model.norm.forward = own = model.norm.forward
     before = snapshot(model)
     try:
-        collect_input_ranges(model, [batch], PATHS)
+        collect_ranges(model, [batch], PATHS)
     except CalibrationError:
         pass
     else:
@@ -176,7 +185,7 @@ BAD_CALLS = [
         PATHS,
         {},
         CalibrationError,
-        "conv: calibration: the input holds NaN or infinite values",
+        "conv: calibration: there are NaN or infinite values",
     ),
     (
         [randn(1, 3, 4, 4), randn(1, 4)],
@@ -192,12 +201,12 @@ BAD_CALLS = [
 @pytest.mark.parametrize(("batches", "paths", "options", "error", "message"), BAD_CALLS)
 def test_bad_calls_are_refused(batches, paths, options, error, message):
     with pytest.raises(error, match="^" + re.escape(message)):
-        collect_input_ranges(net(), batches, paths, **options)
+        collect_ranges(net(), batches, paths, **options)
 
 
 def test_a_nan_is_reported_where_it_arises():
     model = net()
     with torch.no_grad():
         model.conv.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(CalibrationError, match=r"^again: calibration: the input holds NaN"):
-        collect_input_ranges(model, [randn(1, 3, 4, 4)], PATHS)
+    with pytest.raises(CalibrationError, match=r"^conv: calibration: there are NaN"):
+        collect_ranges(model, [randn(1, 3, 4, 4)], PATHS)
