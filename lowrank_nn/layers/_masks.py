@@ -14,6 +14,7 @@ from lowrank_nn.errors import CalibrationError, OptionError, UnsupportedLayerErr
 from lowrank_nn.layers._window import Window, crop_window
 
 Granularity = Literal["element", "row", "column", "kernel", "group", "channel", "filter", "shape"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 Criterion = Literal["l1", "l2", "obd", "random"]
 
 # Dims of the weight seen as (conv groups, filters, channels, kernel height, kernel width) that one unit spans.
@@ -65,7 +66,7 @@ class Units:
                 f"{', '.join(map(repr, _FOR_MATRICES))}, or leave linear layers out (but_not=...)."
             )
         if granularity not in _SPANNED:
-            allowed = ", ".join(repr(g) for g in get_args(Granularity))
+            allowed = ", ".join(map(repr, GRANULARITIES))
             raise OptionError(f"{name}: granularity must be one of {allowed}, got {granularity!r}.")
         out, inn, *taps = weight_shape
         height, width = taps or (1, 1)

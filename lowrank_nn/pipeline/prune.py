@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lowrank_nn.errors import OptionError, PlanError
 from lowrank_nn.layers import CompressedLayer, PrunedConv2d, PrunedLinear
+from lowrank_nn.layers._masks import GRANULARITIES
 from lowrank_nn.pipeline.apply import class_for, decide_layer
 from lowrank_nn.pipeline.filters import FilterRemoval
 from lowrank_nn.pipeline.select import Patterns, select
@@ -63,8 +64,8 @@ class Prune(Step):
             the network, before and after, in memory.
 
     Raises:
-        OptionError: ``amount`` is not between 0 and 1 or contradicts ``min_keep``, there is no such criterion or scope,
-            one that needs batches and loss lacks them, or what only filters can heed comes with another granularity.
+        OptionError: ``amount`` is not between 0 and 1 or contradicts ``min_keep``, there is no such granularity,
+            criterion or scope, one that needs batches and loss lacks them, or what only filters can heed comes with another granularity.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class Prune(Step):
     ) -> None:
         if amount is not None and not 0 < amount < 1:
             raise OptionError(f"Prune: amount is a share above 0 and below 1, got {amount!r}.")
+        if granularity not in GRANULARITIES:
+            raise OptionError(f"Prune: granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")
         if criterion in FROM_LOSS and (batches is None or loss is None):
             raise OptionError(
                 f"Prune: criterion={criterion!r} needs batches=... and loss=... (loss(model, batch) -> scalar)."

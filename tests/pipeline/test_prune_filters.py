@@ -215,6 +215,7 @@ def test_filters_twice(net):
     [
         ({"amount": 0.5, "scope": "global"}, "are for granularity='filter'"),
         ({}, "a budget instead of an amount"),
+        ({"amount": 0.5, "granularity": "filters"}, "granularity must be one of .*filter.*, got 'filters'"),
         ({"amount": 0.5, "criterion": "taylor", "batches": [], "loss": max}, "criterion must be one of l1, l2, obd"),
         ({"amount": 0.5, "granularity": "filter", "criterion": "magnitude"}, "must be one of l1, l2, bn_scale"),
         ({"amount": 0.5, "granularity": "filter", "scope": "all"}, "scope must be 'layer' or 'global', got 'all'"),
