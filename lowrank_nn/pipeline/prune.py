@@ -65,7 +65,8 @@ class Prune(Step):
 
     Raises:
         OptionError: ``amount`` is not between 0 and 1 or contradicts ``min_keep``, there is no such granularity,
-            criterion or scope, one that needs batches and loss lacks them, or what only filters can heed comes with another granularity.
+            criterion or scope, one that needs batches and loss lacks them, or what only filters can heed comes with
+            another granularity.
     """
 
     def __init__(
