@@ -1,4 +1,5 @@
 import os
+import threading
 from pathlib import Path
 
 import hypothesis
@@ -53,3 +54,10 @@ def _torch_settings_stay():
     torch.set_grad_enabled(before["grad mode"])
     torch.set_default_dtype(before["default dtype"])
     assert after == before
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_stays():
+    """No test, and nothing it calls, leaves a thread that runs a forward."""
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name == "lowrank_nn run"]

@@ -3,7 +3,6 @@
 import _thread
 import ast
 import copy
-import threading
 import time
 
 import pytest
@@ -18,12 +17,6 @@ from lowrank_nn.graph.pausable import Pausable, settings_of_this_thread
 from tests.zoo import ZOO
 from tests.zoo.control_flow import EarlyExit
 from tests.zoo.resnet import ResNet
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_stays():
-    yield
-    assert not [thread for thread in threading.enumerate() if thread.name == "lowrank_nn run"]
 
 
 def nothing(path, pairs):
