@@ -1,4 +1,5 @@
-import copy
+"""Damaged and forged files: each is refused, and the model stays as it was."""
+
 import json
 import random
 import struct
@@ -11,11 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 
-from lowrank_nn.errors import FileFormatError, OptionError
-from lowrank_nn.layers import SVDLinear
-from lowrank_nn.storage import load, packed_size, save
+from lowrank_nn.errors import FileFormatError
+from lowrank_nn.storage import load, save
 from lowrank_nn.storage._container import make_file
 from lowrank_nn.storage._json import MAX_DEPTH, deflate, inflate
 from tests.storage.forge import INDEX, forged, header_end, put_together, take_apart
@@ -24,41 +23,12 @@ from tests.storage.models import (
     MaskedLinear,
     SmallNet,
     assert_same_state,
-    compressed_net,
     every_encoding,
     masked_linear,
     registered,
     seeded,
 )
-
-
-@pytest.fixture(scope="module")
-def net():
-    return compressed_net()
-
-
-@pytest.fixture(scope="module")
-def good(net, tmp_path_factory):
-    """The bytes of a whole file."""
-    path = tmp_path_factory.mktemp("good") / "a.lrnn"
-    save(net, path)
-    return path.read_bytes()
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    return tmp_path_factory.mktemp("scratch") / "bad.lrnn"
-
-
-def refusal(path, data, fresh):
-    """The message with which `data` is refused; the model stays as it was."""
-    path.write_bytes(data)
-    before, modules = copy.deepcopy(fresh), [*fresh.modules()]
-    with pytest.raises(FileFormatError) as caught:
-        load(path, fresh)
-    assert all(a is b for a, b in zip(fresh.modules(), modules, strict=True))
-    assert_same_state(fresh, before)
-    return str(caught.value)
+from tests.storage.refusals import refusal
 
 
 def test_truncated_anywhere(good, scratch):
@@ -127,53 +97,6 @@ def test_a_payload_that_changed(good, scratch):
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "none.lrnn", SmallNet())
-
-
-class OtherNet(SmallNet):
-    """Differs from SmallNet in everything that can differ."""
-
-    def __init__(self):
-        super().__init__(width=6)
-        self.conv2 = nn.Conv2d(6, 12, 3, stride=1, padding=(1, 0), bias=False)
-        self.norm = nn.BatchNorm2d(6, affine=False)
-        self.fc = nn.Identity()
-        self.extra = nn.Linear(2, 2)
-
-
-def test_all_that_is_wrong_is_listed_at_once(good, scratch):
-    message = refusal(scratch, good, OtherNet().to(torch.float64))
-    for line in [
-        "'conv2' (TuckerConv2d) has in_channels=8 in the file, 6 in the model; stride=(2, 2) in the file, (1, 1)",
-        "'fc' is a SVDLinear in the file, which replaces Linear; the model has Identity.",
-        "'extra.weight' is in the model, but missing in the file.",
-        "'norm.weight' is in the file, but not in the model.",
-        "'conv1.weight' has shape (8, 3, 3, 3) in the file, (6, 3, 3, 3) in the model.",
-        "'conv1.bias' is torch.float32 in the file, torch.float64 in the model.",
-    ]:
-        assert line in message
-    assert "'conv2.core" not in message  # it follows from the first line
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        ({"class": "NoSuchLayer"}, "'fc' is a NoSuchLayer, which is not registered. Import the module"),
-        ({"class": "os.system"}, "not registered"),
-        ({"class": "SVDConv2d"}, "replaces Conv2d; the model has Linear"),
-        ({"path": "head.fc"}, "the model has no module there"),
-        ({"aliases": ["fc2"]}, "is shared with ['fc2'] in the file, with no other path in the model"),
-        ({"config": {"in_features": 12, "out_features": 10, "rank": 99, "bias": True}}, "rank must be"),
-        ({"config": {"in_features": 12, "out_features": 10, "rank": "5", "bias": True}}, "refuses"),
-        ({"config": {"in_features": 12, "rank": 2}}, "refuses"),
-        ({"config": {"in_features": 2**70, "out_features": 2**70, "rank": 5}}, "refuses"),
-        ({"config": {"in_features": 12, "out_features": 10, "rank": 5, "device": "cpu"}}, "refuses"),
-        ({"config": {"in_features": 12, "out_features": 10, "rank": 5, "bias": False}}, "bias=False in the file, True"),
-        ({"config": {"in_features": 12, "out_features": 10, "rank": 4, "bias": True}}, "shape (10, 5) in the file"),
-    ],
-)
-def test_layers_that_do_not_fit(edit, message, good, scratch):
-    data = forged(good, lambda header, structure: structure["layers"][1].update(edit))
-    assert message in refusal(scratch, data, SmallNet())
 
 
 def set_tensor(**fields):
@@ -272,36 +195,6 @@ def test_packed_tensors_that_lie(fields, good, scratch):
     assert "'fc.expand.bias'" in message
 
 
-def test_sharing_that_differs(tmp_path):
-    def make(shared):
-        first = nn.Linear(4, 4)
-        return nn.Sequential(first, first if shared else nn.Linear(4, 4))
-
-    shared, apart = make(True), make(False)
-    shared[0] = shared[1] = SVDLinear.from_pretrained_layer(shared[0], rank=2)
-    apart[0], apart[1] = (SVDLinear.from_pretrained_layer(layer, rank=2) for layer in apart)
-    save(shared, tmp_path / "shared.lrnn")
-    save(apart, tmp_path / "apart.lrnn")
-    message = refusal(tmp_path / "copy.lrnn", (tmp_path / "shared.lrnn").read_bytes(), make(False))
-    assert "'0' is shared with ['1'] in the file, with no other path in the model." in message
-    message = refusal(tmp_path / "copy.lrnn", (tmp_path / "apart.lrnn").read_bytes(), make(True))
-    assert "'0' is shared with no other path in the file, with ['1'] in the model." in message
-
-
-def test_ties_that_the_file_contradicts(tmp_path):
-    save(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), tmp_path / "a.lrnn")
-    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    tied[1].weight = tied[0].weight
-    message = refusal(tmp_path / "a.lrnn", (tmp_path / "a.lrnn").read_bytes(), tied)
-    assert "'1.weight' and '0.weight' are one tensor in the model, but differ in the file." in message
-
-
-def test_a_compressed_layer_where_the_file_has_a_dense_one(tmp_path):
-    save(nn.Sequential(nn.Linear(4, 4)), tmp_path / "a.lrnn")
-    message = refusal(tmp_path / "a.lrnn", (tmp_path / "a.lrnn").read_bytes(), nn.Sequential(SVDLinear(4, 4, rank=2)))
-    assert "'0' is a SVDLinear in the model, and no compressed layer in the file." in message
-
-
 def test_a_mask_that_is_damaged(tmp_path):
     with registered(MaskedLinear):
         save(nn.Sequential(seeded(lambda: masked_linear(20, 20))), tmp_path / "a.lrnn")
@@ -309,85 +202,6 @@ def test_a_mask_that_is_damaged(tmp_path):
         for position in range(8, len(data), 11):
             broken = data[:position] + bytes([data[position] ^ 16]) + data[position + 1 :]
             refusal(tmp_path / "a.lrnn", broken, nn.Sequential(nn.Linear(20, 20)))
-
-
-def test_a_layer_whose_module_was_not_imported(tmp_path):
-    with registered(MaskedLinear):
-        save(nn.Sequential(masked_linear(4, 4)), tmp_path / "a.lrnn")
-    message = refusal(tmp_path / "a.lrnn", (tmp_path / "a.lrnn").read_bytes(), nn.Sequential(nn.Linear(4, 4)))
-    assert "'0' is a MaskedLinear, which is not registered. Import the module that registers it" in message
-
-
-def test_a_meta_model_with_buffers_that_no_file_holds(tmp_path):
-    model = nn.Linear(2, 2)
-    save(model, tmp_path / "a.lrnn")
-    model.register_buffer("cache", torch.ones(3), persistent=False)
-    with pytest.raises(FileFormatError, match=r"'cache' is a non-persistent buffer on the meta device"):
-        load(tmp_path / "a.lrnn", model.to("meta"))
-
-
-class Unregistered(SVDLinear):
-    pass
-
-
-class Stateful(nn.Linear):
-    def get_extra_state(self):
-        return {"a": 1}
-
-    def set_extra_state(self, state):
-        pass
-
-
-def unwritable_models():
-    yield nn.Linear(2, 2, device="meta"), ["'weight' is on the meta device", "'bias' is on the meta device"]
-    yield nn.Sequential(weight_norm(nn.Linear(2, 2))), ["'0' has parametrized tensors", "remove_parametrizations"]
-    yield Unregistered(4, 4, rank=2), ["'' is a Unregistered, which is not registered"]
-    yield Stateful(2, 2), ["'_extra_state' is extra state"]
-    odd = SVDLinear(4, 4, rank=2)
-    odd.rank = float("nan")
-    yield odd, ["config that is not JSON"]
-    yield nn.LazyLinear(3), ["no values yet"]
-
-
-@pytest.mark.parametrize(("model", "messages"), list(unwritable_models()))
-@pytest.mark.parametrize("function", [packed_size, lambda model: save(model, "never.lrnn")])
-def test_models_that_cannot_be_written(function, model, messages):
-    with pytest.raises(OptionError) as caught:
-        function(model)
-    assert all(message in str(caught.value) for message in messages)
-
-
-def test_a_missing_folder_and_a_folder(net, tmp_path):
-    with pytest.raises(OptionError, match="no folder"):
-        save(net, tmp_path / "none" / "a.lrnn")
-    with pytest.raises(OptionError, match="is a folder"):
-        save(net, tmp_path)
-    assert [*tmp_path.iterdir()] == []
-
-
-def test_a_write_that_fails_leaves_the_old_file(net, tmp_path, monkeypatch):
-    path = tmp_path / "a.lrnn"
-    path.write_bytes(b"the old file")
-
-    def fail(*_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="no space left"):
-        save(net, path)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.lrnn"]
-    assert path.read_bytes() == b"the old file"
-
-
-def test_links_and_permissions(net, tmp_path):
-    real, link, plain = tmp_path / "real.lrnn", tmp_path / "link.lrnn", tmp_path / "plain"
-    plain.touch()
-    real.touch()
-    link.symlink_to(real)
-    save(net, link)
-    assert link.is_symlink()
-    assert real.stat().st_size == packed_size(net)
-    assert real.stat().st_mode == plain.stat().st_mode
 
 
 def test_a_file_of_made_up_parts():
