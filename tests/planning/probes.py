@@ -1,5 +1,7 @@
 """Networks whose curvature is measured, and a spy that keeps the probes that they got."""
 
+import types
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,16 +26,17 @@ class Spied(nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.net, self.kept = net, {}
+        self.net = net
+        self.kept = types.SimpleNamespace(parts={})  # a dict of the module's own would be put back after the forward
 
     def forward(self, x):
         output = self.net(x)
         if isinstance(output, torch.Tensor):
-            return Spy.apply(output, self.kept.setdefault(0, []))
-        return [Spy.apply(part, self.kept.setdefault(i, [])) for i, part in enumerate(output)]
+            return Spy.apply(output, self.kept.parts.setdefault(0, []))
+        return [Spy.apply(part, self.kept.parts.setdefault(i, [])) for i, part in enumerate(output)]
 
     def probes(self):
-        return [torch.cat(parts) for parts in self.kept.values()]
+        return [torch.cat(parts) for parts in self.kept.parts.values()]
 
 
 class Reused(nn.Module):

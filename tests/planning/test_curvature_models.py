@@ -148,7 +148,7 @@ def test_without_curvature_no_gradient_is_computed():
     model = Spied(seeded(NETS["relu"][0]))
     metrics = collect_metrics(model, randn(5, 5), ["net.0"], curvature=False)
     assert metrics["net.0"].curvature is None
-    assert model.kept == {0: []}
+    assert model.kept.parts == {0: []}
 
 
 def test_narrow_models():
