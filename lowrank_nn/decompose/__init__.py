@@ -10,6 +10,7 @@ from lowrank_nn.decompose.kmeans import kmeans_1d as kmeans_1d
 from lowrank_nn.decompose.kmeans import nearest_centroid as nearest_centroid
 from lowrank_nn.decompose.metric import Metric as Metric
 from lowrank_nn.decompose.metric import square_root as square_root
+from lowrank_nn.decompose.rounding import round_jointly as round_jointly
 from lowrank_nn.decompose.svd import singular_values as singular_values
 from lowrank_nn.decompose.svd import truncated_svd as truncated_svd
 from lowrank_nn.decompose.tucker import TuckerFactors as TuckerFactors

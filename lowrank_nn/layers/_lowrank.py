@@ -6,7 +6,6 @@ import abc
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -74,11 +73,7 @@ class LowRankLayer(CompressedLayer):
         new = source.empty(cls, **config)
         seen = metric if metric is None or source.bias is not None else metric.with_mean()
         new.approximate_(source.weight, seen, **(fit or {}))
-        source.finish(new)
-        if metric is not None and new.bias is not None and not new.bias.is_meta:
-            with torch.no_grad():
-                new.bias.add_(metric.mean_output(source.weight - new.dense_weight()).to(new.bias.device))
-        return new
+        return source.finish(new, metric)
 
     @classmethod
     def rank_argument(cls, ranks: tuple[int, ...], limits: tuple[int, ...]) -> Rank:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lowrank_nn.cost import Cost
+from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import OptionError, check_whole_number
 from lowrank_nn.layers._affine import (
     Grid,
@@ -26,8 +27,9 @@ from lowrank_nn.layers._base import Packing
 from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._masks import random_mask
 from lowrank_nn.layers._pruned import PrunedLayer, sparsity_options
-from lowrank_nn.layers._qdq import dequantize_weight, exports_pairs
+from lowrank_nn.layers._qdq import dequantize_weight, dequantize_bias, exports_pairs
 from lowrank_nn.layers._quant_input import check_calibration
+from lowrank_nn.layers._rounding import round_on_data
 from lowrank_nn.layers._shapes import draw_bias_
 from lowrank_nn.layers._source import read_layer
 from lowrank_nn.layers._window import Window, crop_window
@@ -130,11 +132,14 @@ class QuantLayer(IntegerLayer):
         observer: str = "minmax",
         input_range: tuple[float, float] | None = None,
         output_range: tuple[float, float] | None = None,
+        metric: Metric | None = None,
         frozen: bool = True,
     ) -> Self:
         """Build the layer from ``layer``, each weight rounded to the nearest number on the grid.
 
-        On a pruned layer zeros stay exactly zero, and a kernel stored as a window stays the smaller one.
+        With a ``metric`` weights are rounded, and scales chosen, so that the output changes little on data, and the
+        bias takes up the change of the mean output; where there is no bias, that change counts as error. On a pruned
+        layer zeros stay exactly zero, and a kernel stored as a window stays the smaller one.
 
         Args:
             layer: A trained dense layer of the class replaced, or the pruned layer of that kind; not changed.
@@ -146,12 +151,19 @@ class QuantLayer(IntegerLayer):
             observer: How it is chosen from them: ``"minmax"``, ``"percentile"`` or ``"mse"``.
             input_range: (min, max) in place of ``inputs``, where it was measured already.
             output_range: (min, max) of the output on typical data, for exported graphs.
+            metric: What is to be small of the weight's change, from :func:`lowrank_nn.planning.collect_metrics`; None
+                rounds to the nearest.
             frozen: True: integers, to be used. False: floats on the grid, to be trained; call ``freeze()`` after.
 
         Raises:
             UnsupportedLayerError: The layer cannot be carried over whole.
             OptionError: An option has a value that is not allowed, or has no effect beside the others.
             CalibrationError: ``activation_bits`` without range, or a range or inputs that cannot be used.
+
+        References:
+            Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization"; Frantar et al. 2022,
+            "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (rounding on data).
+            Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction" (bias).
         """
         check_calibration(cls.__name__, activation_bits, inputs, input_range)
         source = read_layer(layer, cls)
@@ -161,12 +173,12 @@ class QuantLayer(IntegerLayer):
         if new.mask is not None:
             assert isinstance(layer, PrunedLayer)
             new.mask.copy_(layer.mask)
-        new.approximate_(source.weight)
+        new.approximate_(source.weight, metric if metric is None or source.bias is not None else metric.with_mean())
         if input_range is not None:
             new.set_input_range(*input_range)
         if inputs is not None:
             new.calibrate(inputs, observer=observer)
-        return source.finish(new)
+        return source.finish(new, metric)
 
     @classmethod
     def usual_options(cls, layer: nn.Module) -> dict[str, Any]:
@@ -179,9 +191,23 @@ class QuantLayer(IntegerLayer):
         return None
 
     @torch.no_grad()
-    def approximate_(self, weight: Tensor) -> None:
-        """Set each entry to the grid's number nearest to ``weight``, the dense weight; masked entries to zero."""
-        self._store_(crop_window(weight, self.window))
+    def approximate_(self, weight: Tensor, metric: Metric | None = None) -> None:
+        """Set each entry to the grid's number nearest to ``weight``, the dense weight; masked entries to zero.
+
+        Args:
+            weight: Of shape ``weight_shape``.
+            metric: What is to be small of the change, where that is not each entry's own:
+                :func:`lowrank_nn.layers._rounding.round_on_data`.
+        """
+        if metric is None or weight.is_meta:
+            self._store_(crop_window(weight, self.window))
+            return
+        rounded = round_on_data(weight, metric, self._weight_grid, self._grid_of, self._kept(weight.device))
+        if not self.frozen:
+            self._store_(crop_window(rounded.weight(), self.window))
+        else:
+            codes = (crop_window(rounded.steps, self.window) + rounded.zero_point).to(torch.int8)
+            self._fill_(self._masked(codes), rounded.scale, rounded.zero_point)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -231,6 +257,13 @@ class QuantLayer(IntegerLayer):
         kernel = self._masked(self.latent)
         scale, zero_point = self._grid_of(kernel)
         return fake_quantize(kernel, self._per_channel(scale), zero_point, self._weight_grid)
+
+    def _stored_bias(self) -> Tensor | None:
+        """Return the bias; in an exported graph as integers in steps of the sums, which engines run in integers."""
+        if self.bias is None or self.activation_bits is None:
+            return self.bias
+        input_scale, scale = self._input_grid("forward")[0], self.integer_weight()[1]
+        return dequantize_bias(self.bias, input_scale * scale) if exports_pairs(scale) else self.bias
 
     def integer_weight(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the weight as integers: weight = scale (codes - zero_point).
@@ -300,13 +333,25 @@ class QuantLayer(IntegerLayer):
             assert self.latent is not None
             self.latent.copy_(self._masked(kernel))
             return
+        assert self.weight_scale is not None
+        self._fill_(*self._rounded(kernel.to(self.weight_scale.dtype)))
+
+    def _fill_(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        """Set the tensors of the frozen weight."""
         assert self.weight_int is not None
         assert self.weight_scale is not None
-        codes, scale, zero_point = self._rounded(kernel.to(self.weight_scale.dtype))
         self.weight_int.copy_(codes)
         self.weight_scale.copy_(scale)
         if self.weight_zero_point is not None:
             self.weight_zero_point.copy_(zero_point)
+
+    def _kept(self, device: torch.device) -> Tensor | None:
+        """Return which entries of the dense weight may be other than zero, a bool tensor; None where all may."""
+        if self.window is None:
+            return self.mask
+        kept = torch.zeros(self.weight_shape, dtype=torch.bool, device=device)
+        crop_window(kept, self.window).copy_(torch.tensor(True) if self.mask is None else self.mask)
+        return kept
 
     def _masked(self, kernel: Tensor) -> Tensor:
         return kernel if self.mask is None else torch.where(self.mask, kernel, 0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import UnsupportedLayerError
 from lowrank_nn.layers._base import CompressedLayer
 
@@ -47,14 +48,19 @@ class Source:
         """Build ``cls`` with this layer's shape, device and dtype, its memory not yet filled."""
         return cls.empty(device=self.weight.device, dtype=self.weight.dtype, **self.arguments, **options)
 
-    def finish(self, new: AnyCompressed) -> AnyCompressed:
-        """Give ``new`` the bias, memory format, train/eval mode and requires_grad flags of this layer."""
+    def finish(self, new: AnyCompressed, metric: Metric | None = None) -> AnyCompressed:
+        """Give ``new`` the bias, memory format, train/eval mode and requires_grad flags of this layer.
+
+        With a metric the bias also takes up the change of the mean output.
+        """
         weight_trains, bias_trains = _trains(self.layer, "weight"), _trains(self.layer, "bias")
         new.requires_grad_(weight_trains)
         if self.bias is not None:
             assert isinstance(new.bias, nn.Parameter)
             with torch.no_grad():
                 new.bias.copy_(self.bias)
+                if metric is not None and not new.bias.is_meta:
+                    new.bias.add_(metric.mean_output(self.weight - new.dense_weight()).to(new.bias.device))
             new.bias.requires_grad_(bias_trains)
         weight = self.weight
         if weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):

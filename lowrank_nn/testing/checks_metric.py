@@ -1,30 +1,41 @@
-"""Checks of low-rank layers fitted under a metric: what a change of the weight does to the layer's own outputs."""
+"""Checks of layers fitted under a metric: what a change of the weight does to the layer's own outputs."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_nn.decompose import Metric
-from lowrank_nn.layers import CompressedLayer, LowRankLayer
-from lowrank_nn.testing._tools import TOLERANCE, bias_of, built, compress, expect, expect_close, options_for
+from lowrank_nn.layers import CompressedLayer
+from lowrank_nn.testing._tools import (
+    TOLERANCE,
+    bias_of,
+    built,
+    compress,
+    dense_output,
+    expect,
+    expect_close,
+    options_for,
+)
 from lowrank_nn.testing.cases import Case
 
 _CANCELLATION = 1e-14  # what rounding leaves of a difference of squares in float64
 
 
 def check_fit_under_a_metric(cls: type[CompressedLayer], case: Case) -> None:
-    """Under the metric of its inputs a low-rank layer errs on them as the metric says, and no more than without it."""
-    if not issubclass(cls, LowRankLayer):
+    """Under the metric of its inputs a layer that takes one errs as the metric says, and no more than without."""
+    if not _takes_a_metric(cls):
         return
     dense, metric = case.layer(), input_metric(case)
     layer = compress(cls, dense, options_for(cls, case, dense) | {"metric": metric})
     wide, dense_wide, x = copy.deepcopy(layer).double(), case.layer().double(), _input(case)
     with torch.no_grad():
-        expected, output = dense_wide(x), wide(x)
+        # Inputs that the layer rounds are left as they are: the metric knows of weights only.
+        expected, output = dense_wide(x), dense_output(case, x, wide.dense_weight(), bias_of(wide))
     outputs = expected.numel() // dense.get_parameter("weight").shape[0]
     measured = float((output - expected).square().sum()) / outputs
     energy = float(expected.square().sum()) / outputs
@@ -45,20 +56,23 @@ def check_fit_under_a_metric(cls: type[CompressedLayer], case: Case) -> None:
 
 
 def check_lossless_under_a_metric(cls: type[CompressedLayer], case: Case) -> None:
-    """Under a metric too a low-rank layer's ``lossless_options`` lose nothing, and the meta device works."""
-    if not issubclass(cls, LowRankLayer):
+    """Under a metric too a layer's ``lossless_options``, if it has any, lose nothing, and the meta device works."""
+    if not _takes_a_metric(cls):
         return
     dense, metric = case.layer(), input_metric(case)
-    options = cls.lossless_options(dense)
-    if options is None:
-        return
-    layer = compress(cls, dense, options | {"metric": metric})
-    weight, tolerance = dense.get_parameter("weight"), TOLERANCE[case.dtype]
-    expect_close(layer.dense_weight(), weight, tolerance, "lossless dense_weight() under a metric")
-    for chosen in (options, options_for(cls, case, dense)):
+    lossless = cls.lossless_options(dense)
+    if lossless is not None:
+        layer = compress(cls, dense, lossless | {"metric": metric})
+        weight, tolerance = dense.get_parameter("weight"), TOLERANCE[case.dtype]
+        expect_close(layer.dense_weight(), weight, tolerance, "lossless dense_weight() under a metric")
+    for chosen in (lossless or {}, options_for(cls, case, dense)):
         shadow = compress(cls, case.layer().to("meta"), chosen | {"metric": metric})
-        devices = {parameter.device.type for parameter in shadow.parameters()}
-        expect(devices == {"meta"}, f"parameters are on {sorted(devices)}, expected meta")
+        devices = {tensor.device.type for tensor in (*shadow.parameters(), *shadow.buffers())}
+        expect(devices == {"meta"}, f"tensors are on {sorted(devices)}, expected meta")
+
+
+def _takes_a_metric(cls: type[CompressedLayer]) -> bool:
+    return "metric" in inspect.signature(cls.from_pretrained_layer).parameters
 
 
 def input_metric(case: Case) -> Metric:

@@ -15,6 +15,7 @@ from torch import nn
 from lowrank_nn.errors import CalibrationError, OptionError, UnsupportedLayerError
 from lowrank_nn.layers import PrunedConv2d, PrunedLinear, QuantConv2d, QuantLinear, SVDLinear
 from tests.layers.geometries import AWKWARD, convolutions, dense_conv
+from tests.layers.metrics import random_metric
 
 SCHEMES = ["symmetric", "affine"]
 schemes, bit_counts = st.sampled_from(SCHEMES), st.integers(2, 8)
@@ -174,7 +175,7 @@ def test_a_channel_of_zeros_stays_zero_and_finite():
     with torch.no_grad():
         dense.weight[3] = 0
     layer = QuantLinear.from_pretrained_layer(dense, bits=2)
-    assert float(layer.weight_scale[3]) == 1
+    assert 0 < float(layer.weight_scale[3]) < 0.001 * float(layer.weight_scale.max())
     assert not layer.dense_weight()[3].any()
     assert bool(torch.isfinite(layer(randn(2, 12))).all())
 
@@ -486,3 +487,48 @@ def test_low_rank_and_quantized_sources_are_refused():
             QuantLinear.from_pretrained_layer(source)
     with pytest.raises(UnsupportedLayerError, match="PrunedLinear: the layer is a QuantLinear already"):
         PrunedLinear.from_pretrained_layer(QuantLinear(4, 4), sparsity=0.5)
+
+
+def on_data(layer, **options):
+    """The quantized layer rounded under a random metric, the nearest one, and the metric."""
+    cls = QuantConv2d if isinstance(layer, nn.Conv2d | PrunedConv2d) else QuantLinear
+    dense = layer.to_dense_layer() if isinstance(layer, PrunedConv2d | PrunedLinear) else layer
+    metric = random_metric(dense, curvature=options.pop("curvature", True), diagonal=options.pop("diagonal", False))
+    fitted = cls.from_pretrained_layer(layer, metric=metric, **options)
+    return fitted, cls.from_pretrained_layer(layer, **options), metric
+
+
+@given(convolutions(), bit_counts, schemes, st.booleans(), st.booleans(), st.sampled_from(["dense", "mask", "window"]))
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_rounding_on_data_is_never_worse_than_the_nearest(drawn, bits, scheme, curvature, diagonal, how):
+    layer = drawn[0] if how == "dense" else pruned(drawn[0], how)
+    options = {"bits": bits, "scheme": scheme, "curvature": curvature, "diagonal": diagonal}
+    fitted, nearest, metric = on_data(layer, **options)
+    seen = metric if layer.bias is not None else metric.with_mean()
+    weight = layer.weight.detach()
+    assert seen.error(fitted.weight - weight) <= seen.error(nearest.weight - weight) * (1 + 1e-9)
+    assert torch.equal(fitted.weight == 0, (fitted.weight == 0) | (weight == 0) & (how != "dense"))
+
+
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.5), (4, 0.4), (3, 0.3), (2, 0.3)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rounding_on_data_takes_most_of_the_error_off(scheme, bits, share):
+    layer = dense_conv(in_channels=8, out_channels=16, kernel_size=3)
+    fitted, nearest, metric = on_data(layer, bits=bits, scheme=scheme, curvature=False)
+    change, change_of_nearest = fitted.weight - layer.weight.detach(), nearest.weight - layer.weight.detach()
+    assert metric.error(change) < share * metric.error(change_of_nearest)
+    assert torch.linalg.vector_norm(change) > torch.linalg.vector_norm(change_of_nearest)
+    torch.testing.assert_close(fitted.bias, layer.bias - metric.mean_output(change))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_was_rounded_on_data_survives_unfreezing(scheme, bits, dtype):
+    layer = dense_conv(in_channels=4, out_channels=16, kernel_size=3).to(dtype)
+    fitted, _, _ = on_data(layer, bits=bits, scheme=scheme)
+    thawed, _, _ = on_data(layer, bits=bits, scheme=scheme, frozen=False)
+    codes = fitted.integer_weight()[0]
+    assert torch.equal(thawed.integer_weight()[0], codes)
+    torch.testing.assert_close(thawed.weight, fitted.weight)
+    assert torch.equal(fitted.unfreeze().freeze().integer_weight()[0], codes)
