@@ -94,6 +94,19 @@ def test_a_payload_that_changed(good, scratch):
     assert "checksum: the file is damaged" in refusal(scratch, good[:-1] + bytes([good[-1] ^ 1]), SmallNet())
 
 
+def test_a_large_tensor_that_changed(scratch):
+    save(SmallNet(width=64), scratch)
+    data = scratch.read_bytes()
+    header, *_ = take_apart(data)
+    assert list(header) == ["__metadata__", "conv2.weight", INDEX]
+    start, end = (header_end(data) + offset for offset in header["conv2.weight"]["data_offsets"])
+    for at in (start, (start + end) // 2, end - 1):
+        changed = bytearray(data)
+        changed[at] ^= 1
+        message = refusal(scratch, bytes(changed), SmallNet(width=64))
+        assert "'conv2.weight' does not match its checksum: the file is damaged." in message
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "none.lrnn", SmallNet())

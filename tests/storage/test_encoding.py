@@ -257,6 +257,20 @@ def test_coded_tensors_of_wrong_length_are_refused(cut):
                 decode(encoding, wrong)
 
 
+def test_more_gaps_than_entries_are_refused_before_they_are_decoded():
+    """A coded block of one symbol takes a few bytes, whatever count it is asked for: only the bound saves memory."""
+    tensor = torch.zeros(3000, dtype=torch.bool)
+    tensor[::97] = True
+    encoding = choose_encoding(tensor, coder="rans")
+    assert encoding.gaps == "rans"
+    payload = encode(tensor, encoding).copy()
+    assert torch.equal(decode(encoding, torch.from_numpy(payload)), tensor)
+    for count in (3001, 2**40, 2**64 - 1):
+        payload[:8] = np.array([count], "<u8").view(np.uint8)
+        with pytest.raises(FileFormatError, match=f"has {count} gaps between 3000 entries"):
+            decode(encoding, torch.from_numpy(payload))
+
+
 def test_wrong_lengths_are_refused():
     for tensor in (torch.randn(9), torch.randint(0, 4, (999,)), torch.zeros(999)):
         encoding = choose_encoding(tensor)
