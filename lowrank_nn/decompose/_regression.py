@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lowrank_nn.decompose._gram import leading_eigenvectors
-from lowrank_nn.decompose.metric import Metric, square_root
-from lowrank_nn.decompose.weighted import ROOT_FLOOR, output_roots, ridge
+from lowrank_nn.decompose.metric import Metric
+from lowrank_nn.decompose.weighted import output_roots, ridge
 from lowrank_nn.errors import OptionError
 
 
@@ -51,11 +51,17 @@ class Regression:
 
     def start(self, rank: int) -> Tensor:
         """Return the input factor of the weighted kernel's HOSVD, orthonormal and ordered, shape (groups, i, rank)."""
-        roots = square_root(self.channels, ROOT_FLOOR)
-        spread = self.positions[:, :, None] @ self._weight
-        gram = roots.root @ (self._weight.flatten(1, 3).mT @ spread.flatten(1, 3)) @ roots.root
-        factor: Tensor = torch.linalg.qr(roots.inverse @ leading_eigenvectors(gram, rank)).Q
+        factor: Tensor = torch.linalg.qr(self._directions[..., :rank]).Q
         return factor
+
+    @functools.cached_property
+    def _directions(self) -> Tensor:
+        """What the factors of all ranks start from, the most important column first, shape (groups, i, i)."""
+        L = self.channels_factor
+        spread = self.positions[:, :, None] @ self._weight
+        gram = L.mT @ (self._weight.flatten(1, 3).mT @ spread.flatten(1, 3)) @ L
+        directions: Tensor = torch.linalg.solve_triangular(L.mT, leading_eigenvectors(gram, L.shape[1]), upper=True)
+        return directions
 
     def image(self, factor: Tensor) -> Tensor:
         """Return (C P)^T, shape (groups, n, m b, m, i)."""
@@ -90,6 +96,7 @@ class Point:
     """An input factor V with the core and output factor that are best for it: a state of the descent.
 
     Attributes:
+        regression: As given.
         factor: V, shape (groups, i, b).
         basis: U, shape (groups, o, a); None for the identity.
         core: Shape (groups, n, a or o, m b).
@@ -97,7 +104,7 @@ class Point:
     """
 
     def __init__(self, regression: Regression, factor: Tensor) -> None:
-        self._regression, self.factor = regression, factor
+        self.regression, self.factor = regression, factor
         self._image = regression.image(factor)
         Z, Y = regression.products(factor, self._image)
         L, failed = torch.linalg.cholesky_ex(Z)
@@ -120,7 +127,7 @@ class Point:
     @functools.cached_property
     def gradient(self) -> Tensor:
         """Half the gradient of the error in V, flat. What a change of core and factor does is of second order."""
-        moments = self._regression.moments
+        moments = self.regression.moments
         if self.basis is not None:
             projected = self.basis.mT[:, None] @ moments.flatten(3)
             moments = projected.view(*projected.shape[:3], *moments.shape[3:])
@@ -131,7 +138,7 @@ class Point:
 
         The core and output factor stay as they are, and the covariance counts as one of channels x one of positions.
         """
-        left = torch.cholesky_solve(vector.view_as(self.factor), self._regression.channels_factor)
+        left = torch.cholesky_solve(vector.view_as(self.factor), self.regression.channels_factor)
         solved: Tensor = torch.cholesky_solve(left.mT, self._between)
         return solved.mT.flatten()
 
@@ -143,9 +150,9 @@ class Point:
     @functools.cached_property
     def _between(self) -> Tensor:
         """Cholesky factor of the second derivative between columns of V, shape (groups, b, b)."""
-        taps, width = self._regression.positions.shape[2], self.factor.shape[2]
+        taps, width = self.regression.positions.shape[2], self.factor.shape[2]
         gram = self._gram.view(*self._gram.shape[:2], taps, width, taps, width)
-        between = torch.einsum("gnmbsc,gnms->gbc", gram, self._regression.positions)
+        between = torch.einsum("gnmbsc,gnms->gbc", gram, self.regression.positions)
         diagonal = between.diagonal(dim1=1, dim2=2)
         diagonal += ridge(diagonal)
         factor: Tensor = torch.linalg.cholesky(between)

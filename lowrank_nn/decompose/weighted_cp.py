@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lowrank_nn.decompose._cp_objective import CPObjective, CPState
+from lowrank_nn.decompose._khatri_rao import balance
 from lowrank_nn.decompose._lbfgs import Curvature, descend
 from lowrank_nn.decompose.cp import cp, cp_full_rank, cp_tensor
 from lowrank_nn.decompose.metric import Metric
+from lowrank_nn.decompose.weighted import weighted_svd, weighted_svd_errors
 
 # The penalty on terms that cancel one another: its weight, at which it about equals what rounding the factors to six
 # bits adds to the error, and the share of the error that it may reach.
@@ -47,7 +49,8 @@ def weighted_cp(
 
     With ``epc``, the errors that the terms would make one by one are added up as a penalty, of a weight at which it is
     at most 5 % of the error (and at most 1e-3). Without it terms grow against one another at next to no gain, after
-    which rounding the factors destroys the layer (Phan et al. 2020).
+    which rounding the factors destroys the layer (Phan et al. 2020). A kernel of one position is a matrix, and the
+    result that of :func:`lowrank_nn.decompose.weighted_svd`.
 
     Args:
         weight: Shape (out_channels, in_channels / groups, ...): (O, I, kh * kw) or (O, I, kh, kw).
@@ -64,6 +67,11 @@ def weighted_cp(
     tensors = weight.reshape(metric.groups, -1, *weight.shape[1:])
     if weight.is_meta:
         return [weight.new_empty((metric.groups, size, rank), dtype=torch.float64) for size in tensors.shape[1:]]
+    if _is_matrix(tensors) and rank < cp_full_rank(tensors.shape[1:]):
+        pairs = zip(*weighted_svd(weight, metric, rank), strict=True)
+        taps = [weight.new_ones((1, rank), dtype=torch.float64)] * (tensors.dim() - 3)
+        parts = [balance([left, right.T, *taps]) for left, right in pairs]
+        return [torch.stack(factor) for factor in zip(*parts, strict=True)]
     steps = _affordable(tensors, rank, iterations, _WORK, _FEWEST)
     parts = []
     for group, objective in enumerate(_objectives(tensors, metric)):
@@ -80,7 +88,8 @@ def weighted_cp(
 def weighted_cp_errors(weight: Tensor, metric: Metric, ranks: Sequence[int]) -> list[float]:
     """Return the errors of short fits at several ranks; those of :func:`weighted_cp` are somewhat lower.
 
-    Each fit starts from the last one, with the largest terms added over the slices of what it leaves.
+    Each fit starts from the last one, with the largest terms added over the slices of what it leaves. Those of a
+    matrix are exact.
 
     Args:
         weight: Shape (out_channels, in_channels / groups, ...).
@@ -88,6 +97,9 @@ def weighted_cp_errors(weight: Tensor, metric: Metric, ranks: Sequence[int]) -> 
         ranks: Numbers of terms per group, rising.
     """
     tensors = weight.reshape(metric.groups, -1, *weight.shape[1:])
+    if _is_matrix(tensors):
+        exact: list[float] = weighted_svd_errors(weight, metric).tolist()
+        return [exact[rank - 1] for rank in ranks]
     errors = [0.0 for _ in ranks]
     for objective in _objectives(tensors, metric):
         state = None
@@ -138,6 +150,11 @@ def _objectives(tensors: Tensor, metric: Metric) -> Iterator[CPObjective]:
     curvatures = [None] * metric.groups if metric.curvature is None else list(metric.curvature)
     for tensor, covariance, curvature in zip(tensors.to(metric.mean), metric.covariance, curvatures, strict=True):
         yield CPObjective(tensor, covariance, curvature, dtype)
+
+
+def _is_matrix(tensors: Tensor) -> bool:
+    """Whether tensors (groups, o, i, ...) have one position only."""
+    return tensors[0, 0].numel() == tensors.shape[2]
 
 
 def _affordable(tensors: Tensor, rank: int, most: int, work: float, fewest: int) -> int:

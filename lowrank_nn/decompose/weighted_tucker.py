@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lowrank_nn.decompose._gram import column_signs
 from lowrank_nn.decompose._lbfgs import Curvature, descend
-from lowrank_nn.decompose._regression import Point, regressions
+from lowrank_nn.decompose._regression import Point, Regression, regressions
 from lowrank_nn.decompose.metric import Metric
 from lowrank_nn.decompose.tucker import TuckerFactors
 from lowrank_nn.decompose.weighted import balanced, is_seen, weighted_svd
+
+_ITERATIONS, _TOLERANCE = 12, 1e-3
 
 
 @torch.no_grad()
@@ -23,8 +26,8 @@ def weighted_tucker2(
     rank: tuple[int | None, int | None],
     *,
     start: Tensor | None = None,
-    iterations: int = 12,
-    tolerance: float = 1e-3,
+    iterations: int = _ITERATIONS,
+    tolerance: float = _TOLERANCE,
 ) -> TuckerFactors:
     r"""Decompose a kernel along its channel modes under a metric (Tucker-2; Tucker-1 where one rank is None).
 
@@ -92,7 +95,7 @@ def weighted_tucker2_errors(weight: Tensor, metric: Metric, in_ranks: Sequence[i
     Returns:
         Shape (O, len(in_ranks)), float64: row a - 1 holds the errors at r_out = a.
     """
-    explained = _explained(weight, metric)  # (g, i, n, m, o)
+    _, explained = _explained(weight, metric)  # (g, i, n, m, o)
     missed = _tails(explained.square().sum((2, 3, 4)))
     N = explained.new_zeros(metric.groups, explained.shape[4], explained.shape[4])
     columns, done = [], 0
@@ -124,19 +127,38 @@ def weighted_tucker1(weight: Tensor, metric: Metric, start: Tensor) -> tuple[Ten
 
 
 @torch.no_grad()
-def weighted_tucker1_errors(weight: Tensor, metric: Metric) -> Tensor:
+def weighted_tucker1_errors(weight: Tensor, metric: Metric, fitted: Sequence[int] = ()) -> Tensor:
     """Return the error under the metric at every rank of the input mode, the output mode left whole.
 
-    As :func:`weighted_tucker2_errors`, these are of the start.
+    As :func:`weighted_tucker2_errors`, these are of the start; with ranks to be ``fitted``, they are lowered by the
+    shares by which the steps of :func:`weighted_tucker2` lower them there, interpolated over the logarithm of the rank.
+
+    Args:
+        weight: Shape (out_channels, in_channels / groups, *spatial).
+        metric: What the errors measure.
+        fitted: Ranks from 1 to I, in ascending order.
 
     Returns:
         Shape (I,), float64.
     """
-    return _tails(_explained(weight, metric).square().sum((0, 2, 3, 4)))
+    regression, explained = _explained(weight, metric)
+    errors = _tails(explained.square().sum((0, 2, 3, 4)))
+    if not fitted:
+        return errors
+    shares = np.interp(
+        np.log(np.arange(1, len(errors) + 1)), np.log(fitted), [_share_left(regression, rank) for rank in fitted]
+    )
+    return errors * torch.from_numpy(shares).to(errors)
 
 
-def _explained(weight: Tensor, metric: Metric) -> Tensor:
-    """Return what each direction of the start adds to the outputs that are explained, (groups, i, n, m, o).
+def _share_left(regression: Regression, rank: int) -> float:
+    """Return what the steps of a fit at a rank leave of the start's error, the output mode left whole."""
+    start = Point(regression, regression.start(rank))
+    return _lowered(start).value / start.value if 0 < start.value < math.inf else 1.0
+
+
+def _explained(weight: Tensor, metric: Metric) -> tuple[Regression, Tensor]:
+    """Return the regression, and what each direction of the start adds to what is explained, (groups, i, n, m, o).
 
     The start's directions are ordered, so one Cholesky decomposition serves the regressions of all ranks: N at rank r
     is the Gram matrix of the first r.
@@ -152,7 +174,7 @@ def _explained(weight: Tensor, metric: Metric) -> Tensor:
             break
     explained: Tensor = torch.linalg.solve_triangular(L, Y[..., order].mT, upper=False)
     explained = explained * is_seen(metric)[:, None, None, None]
-    return explained.view(groups, blocks, channels, taps, -1).transpose(1, 2)
+    return regression, explained.view(groups, blocks, channels, taps, -1).transpose(1, 2)
 
 
 def _tails(values: Tensor) -> Tensor:
@@ -201,12 +223,17 @@ def _search(
         if best.value < math.inf:
             break
     del points
+    return _orthonormal(_lowered(best, iterations, tolerance), regression.roots.inverse)
+
+
+def _lowered(start: Point, iterations: int = _ITERATIONS, tolerance: float = _TOLERANCE) -> Point:
+    """Return the point after steps from a start."""
 
     def at(flat: Tensor) -> Point:
-        return Point(regression, flat.view_as(best.factor))
+        return Point(start.regression, flat.view_as(start.factor))
 
-    found, _ = descend(best, at, Curvature(), iterations, tolerance)
-    return _orthonormal(found, regression.roots.inverse)
+    found, _ = descend(start, at, Curvature(), iterations, tolerance)
+    return found
 
 
 def _orthonormal(point: Point, inverse: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:

