@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 FAR = 2.0**20
+SMALLEST = 2.0**-12
 
 
 class Grid(NamedTuple):
@@ -49,13 +50,16 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 def symmetric_scale(weight: Tensor, bits: int) -> Tensor:
     """Return the scale of each output channel, max |w| / (2^(bits-1) - 1), shape ``(weight.shape[0],)``.
 
-    A channel of zeros gets the scale 1.
+    Channels that are smaller than the largest by more than 2^12 count as that large: engines that hold the bias as a
+    32-bit multiple of the scale would overflow, and nothing is seen of the difference. A weight of zeros gets the
+    scale 1.
 
     Args:
         weight: Weight with the output channels first.
         bits: Bits per weight, at least 2.
     """
     peaks = weight.detach().flatten(1).abs().amax(1).to(widened(weight.dtype))
+    peaks = peaks.clamp(min=SMALLEST * peaks.amax(0))
     return _storable(peaks / symmetric_grid(bits).high, weight.dtype)
 
 

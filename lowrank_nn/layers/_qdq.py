@@ -97,6 +97,17 @@ def dequantize_weight(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tenso
     return _dequantize(codes, scale, zero_point.to(torch.int8).expand_as(scale))
 
 
+def dequantize_bias(bias: Tensor, step: Tensor) -> Tensor:
+    """Return a bias rounded to int32 multiples of ``step``, the scale of the input times that of the weight.
+
+    Args:
+        bias: Bias, ``(O,)``.
+        step: Scale of the sums that it is added to, ``(O,)`` or 0-dimensional.
+    """
+    codes = torch.round(bias / step).to(torch.int32)
+    return _dequantize(codes, step, torch.zeros_like(step, dtype=torch.int32))
+
+
 def _activated(y: Tensor, activation: Activation) -> Tensor:
     return y if activation[0] == "none" else _FUNCTIONS[activation[0]](y)
 

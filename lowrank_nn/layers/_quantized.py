@@ -27,7 +27,7 @@ from lowrank_nn.layers._base import Packing
 from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._masks import random_mask
 from lowrank_nn.layers._pruned import PrunedLayer, sparsity_options
-from lowrank_nn.layers._qdq import dequantize_weight, dequantize_bias, exports_pairs
+from lowrank_nn.layers._qdq import dequantize_bias, dequantize_weight, exports_pairs
 from lowrank_nn.layers._quant_input import check_calibration
 from lowrank_nn.layers._rounding import round_on_data
 from lowrank_nn.layers._shapes import draw_bias_
@@ -260,10 +260,9 @@ class QuantLayer(IntegerLayer):
 
     def _stored_bias(self) -> Tensor | None:
         """Return the bias; in an exported graph as integers in steps of the sums, which engines run in integers."""
-        if self.bias is None or self.activation_bits is None:
+        if self.bias is None or self.input_scale is None or not self.frozen or not exports_pairs(self.input_scale):
             return self.bias
-        input_scale, scale = self._input_grid("forward")[0], self.integer_weight()[1]
-        return dequantize_bias(self.bias, input_scale * scale) if exports_pairs(scale) else self.bias
+        return dequantize_bias(self.bias, self.input_scale * self.integer_weight()[1])
 
     def integer_weight(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the weight as integers: weight = scale (codes - zero_point).

@@ -103,7 +103,7 @@ class QuantConv2d(CompressedConv2d, QuantLayer):
 
     def simulate(self, x: Tensor) -> Tensor:
         """Convolve with the rounded weight: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        return self.convolve(self._quantized_input(x), self.stored_weight(), self.bias, self.window)
+        return self.convolve(self._quantized_input(x), self.stored_weight(), self._stored_bias(), self.window)
 
     def geometry(self) -> Geometry:
         """Return where the stored kernel's taps are."""
@@ -190,7 +190,7 @@ class QuantLinear(CompressedLinear, QuantLayer):
 
     def simulate(self, x: Tensor) -> Tensor:
         """Apply the rounded weight: ``(*, in_features)`` to ``(*, out_features)``."""
-        return F.linear(self._quantized_input(x), self.stored_weight(), self.bias)
+        return F.linear(self._quantized_input(x), self.stored_weight(), self._stored_bias())
 
     def geometry(self) -> None:
         """Return None: there are no taps."""

@@ -88,11 +88,15 @@ def test_zero_is_exact_in_every_range(bits, a, b, dtype):
         assert float(fake_quantize(torch.zeros((), dtype=dtype), scale, zero, grid)) == 0
 
 
-def test_empty_ranges_and_zero_channels_get_the_scale_one():
+def test_empty_ranges_and_weights_of_zeros_get_the_scale_one():
     zero = torch.zeros(())
     assert [float(t) for t in affine_parameters(zero, zero, unsigned_grid(8), torch.float32)] == [1, 0]
-    weight = torch.tensor([[0.0, 0.0], [2.0, -1.0]])
-    assert symmetric_scale(weight, 2).tolist() == [1.0, 2.0]
+    assert symmetric_scale(torch.zeros(2, 2), 2).tolist() == [1.0, 1.0]
+
+
+def test_small_channels_get_the_scale_of_one_that_is_smaller_by_two_to_the_twelfth():
+    weight = torch.tensor([[0.0, 0.0], [2.0, -1.0], [1e-3, 0.0], [1e-9, 0.0]])
+    assert symmetric_scale(weight, 2).tolist() == [2.0**-11, 2.0, pytest.approx(1e-3), 2.0**-11]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
