@@ -27,6 +27,7 @@ Factors = Literal[3, 4]
 _TABLE_SHARES = np.geomspace(0.04, 0.8, 8)
 _TABLE_SWEEPS = 20
 _TABLE_WORK = 4e9
+_TABLE_TERMS = 800  # per group; fits of more take minutes
 _REFIT_ITERATIONS = 25
 
 
@@ -66,7 +67,7 @@ class _CPProblem(RankProblem):
         return Positions(1, *self.stride, 1, 1)
 
     def table(self, metric: Metric | None = None) -> RankTable:
-        """Return the ranks between 4 % and 80 % of the dense parameters, with the errors of short fits.
+        """Return the ranks between 4 % and 80 % of the dense parameters, up to 800, with the errors of short fits.
 
         Up to eight ranks are fitted; between them errors are interpolated, as falling geometrically with the rank. The
         error of a full fit is lower; there are no ranks where a single term costs more than the dense layer.
@@ -74,7 +75,7 @@ class _CPProblem(RankProblem):
         break_even = self.tensors.numel() / int(self.params(1))
         wanted = np.clip(_TABLE_SHARES * break_even, 1, self.limits[0])
         ranks = np.unique(wanted.astype(np.int64) // self.multiple * self.multiple)
-        ranks = ranks[(ranks > 0) & (ranks < break_even)]
+        ranks = ranks[(ranks > 0) & (ranks < break_even) & (ranks <= _TABLE_TERMS)]
         if metric is not None:
             errors = np.array(weighted_cp_errors(self.tensors.flatten(0, 1), metric, ranks.tolist()))
             return _filled_in(ranks, errors, self.multiple)

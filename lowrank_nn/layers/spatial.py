@@ -20,7 +20,7 @@ from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages
 
 # Ranks that are fitted for the table, as shares of the rank that costs as much as the dense layer.
-_FITTED_SHARES = np.geomspace(0.01, 0.8, 6)
+_FITTED_SHARES = np.geomspace(0.01, 0.5, 4)
 
 
 class _SpatialProblem(MatrixProblem):

@@ -260,7 +260,7 @@ def test_a_table_is_lowered_to_the_errors_of_fits(groups):
     for rank in fitted:
         core, _, in_factor = weighted_tucker2(weight, metric, (None, rank))
         attained = metric.error(weight - dense((core, None, in_factor)))
-        assert float(errors[rank - 1]) == pytest.approx(attained, rel=1e-6)
+        assert attained <= float(errors[rank - 1]) <= 1.01 * attained
     share = errors / start
     assert bool((share[1:6] < 1).all())
     between = np.exp(np.interp(np.log(3), np.log(fitted), np.log(share[[1, 3, 5]].numpy())))

@@ -217,7 +217,7 @@ def test_the_metric_s_table_holds_what_the_fits_attain(groups, curvature, diagon
     table = problem_of(layer).table(metric)
     assert table.ranks[:, 0].tolist() == list(range(1, problem_of(layer).limits[0] + 1))
     assert all(after <= before for before, after in pairwise(table.errors))
-    for rank in (1, 2, 3) if groups == 3 else (1, 2, 5):  # as far as they save anything
+    for rank in (1, 2) if groups == 3 else (1, 2, 5):  # as far as they save anything
         compressed = SpatialSVDConv2d.from_pretrained_layer(layer, rank=rank, metric=metric)
         error = metric.error(change(layer, compressed))
         assert error == pytest.approx(table.errors[rank - 1], rel=0.1)
