@@ -57,8 +57,8 @@ def leading_eigenvectors(gram_matrix: Tensor, rank: int) -> Tensor:
 
 def column_signs(columns: Tensor) -> Tensor:
     """Return the signs, shape (..., r), that make the entry of largest magnitude in each column positive."""
-    largest = columns.gather(-2, columns.abs().argmax(dim=-2, keepdim=True)).squeeze(-2)
-    return torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
+    least, largest = columns.aminmax(dim=-2)
+    return torch.where(largest < -least, -1.0, 1.0).to(columns.dtype)
 
 
 def leading_left_vectors(matrix: Tensor, rank: int, *, exact: bool = False) -> tuple[Tensor, float]:
