@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import lowrank_nn as lnn
+from lowrank_nn.graph import attributes
+from lowrank_nn.graph.rules import _call
 from lowrank_nn.testing import layer_checks, run_check
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +54,54 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert isinstance(small.layer1[0], lnn.TuckerConv2d)
     assert isinstance(small.fc, nn.Linear)  # rank 32 of a 32 x 40 weight would save nothing
     assert "compression rate" in capsys.readouterr().out
+
+
+def stand_ins():
+    """What the pages take for granted, by the names that they use."""
+    images = torch.randn(16, 3, 8, 8)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 10)
+    )
+    return {
+        "lnn": lnn,
+        "torch": torch,
+        "model": model,
+        "SplitBlock": MyNet,
+        "example_inputs": images[:1],
+        "x": images[:1],
+        "images": images,
+        "batches": images.split(8),
+        "train_loader": [(images, torch.arange(16) % 10)],
+        "validation": images,
+        "accuracy": lambda small, data: 100.0 - float((small(data) - model(data)).square().mean()),
+        "rows": [{"method": "low rank", "accuracy": 90.0 - share, "params": 1 / share} for share in (2, 3)],
+    }
+
+
+def pages():
+    """The pages with code that have no test of their own below."""
+    own = ("filters_on_data", "write_your_own_layer")
+    return sorted(path.stem for path in (ROOT / "docs").glob("*.md") if path.stem not in own and blocks(path))
+
+
+@pytest.mark.parametrize("page", pages())
+def test_the_code_of_every_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_call, "RULES", dict(_call.RULES))
+    monkeypatch.setattr(attributes, "_UPDATES", dict(attributes._UPDATES))
+    monkeypatch.setattr(torch.ops, "my_library", types.SimpleNamespace(gate=lambda x, y: x * y), raising=False)
+    torch.manual_seed(0)
+    names = stand_ins()
+    lnn.save(names["model"], "small.lrnn")
+    for block in blocks(f"docs/{page}.md"):
+        exec(block, names)
+        if "result" in names:
+            names["report"] = names["result"].report
+    if page == "planner":
+        assert {path.name for path in tmp_path.glob("*.png")} == {"candidates.png", "spectra.png", "sweep.png"}
+    if page == "distillation":
+        assert torch.isfinite(names["loss"])
+        assert not any(module._forward_hooks for module in names["student"].modules())
 
 
 def test_the_page_on_filters_runs():
