@@ -21,6 +21,7 @@ from lowrank_nn.graph.places import ForwardWatch, OutOfSight
 from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.graph.rules import RULES, Call, Planes, Rule, full_name, functions, short_name
 from lowrank_nn.graph.sites import refuse_opaque, run_model
+from lowrank_nn.graph.sizes import trace_sizes
 from lowrank_nn.graph.units import IN, OUT, Units
 
 LOOKED_AT = """
@@ -116,7 +117,8 @@ class _Follower(ForwardWatch):
         return tensor in self._known
 
     def attach(self, model: nn.Module) -> None:
-        """Wrap the forward of every module, on the instances, to know where a function is called."""
+        """Wrap the forward of every module, on the instances, to know where a function is called; trace sizes."""
+        trace_sizes(model)
         for path, module in model.named_modules():
             wrap = self._refused if path in self._refusals else self._framed
             vars(module)["forward"] = functools.wraps(module.forward)(wrap(path, module.forward))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lowrank_nn.graph.follow import follow
+from lowrank_nn.graph.sizes import Attribute
 from lowrank_nn.graph.units import IN, OUT, THROUGH, Units, distinct
 
 ROLES = {THROUGH: "through", IN: "in", OUT: "out"}
@@ -42,20 +43,23 @@ class ChannelGroup:
         size: Number of units.
         members: What they are removed from, in the order of execution.
         frozen: Why none can be removed; empty where they can.
+        sizes: Numbers that modules keep and the forward reads, each with what it loses with every unit.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
     frozen: str = ""
+    sizes: tuple[tuple[Attribute, int], ...] = ()
 
     def __str__(self) -> str:
         state = f"frozen: {self.frozen}" if self.frozen else "removable"
-        width = max(len(member.name) for member in self.members)
+        width = max(len(name) for name in [*(m.name for m in self.members), *(str(source) for source, _ in self.sizes)])
         rows = [
             f"  {member.name:<{width}}  dim {member.dim}  {member.role:<7}  {len(member.positions[0])} per unit"
             for member in self.members
         ]
+        rows += [f"  {source!s:<{width}}  attribute       {count} per unit" for source, count in self.sizes]
         return "\n".join([f"{self.name}: {self.size} units, {state}", *rows])
 
 
@@ -89,19 +93,22 @@ class _Unit:
     """One unit: for each dimension of a tensor that it takes part of, the positions and the role."""
 
     frozen: str
+    sizes: dict[Attribute, int]
     positions: dict[tuple[str, int], list[int]] = dataclasses.field(default_factory=dict)
     roles: dict[tuple[str, int], int] = dataclasses.field(default_factory=dict)
 
     def kind(self) -> tuple[Any, ...]:
         """Return what units of one group have in common."""
         counts = ((member, self.roles[member], len(own)) for member, own in self.positions.items())
-        return (self.frozen, *counts)
+        return (self.frozen, frozenset(self.sizes.items()), *counts)
 
 
 def _computed_units(units: Units) -> list[_Unit]:
     """Return the units that something computes: not the taps of a kernel, or the rows of a table."""
     roots, kinds, reasons = units.all_roots(), units.kinds(), units.reasons()
-    found = {root: _Unit(reasons.get(root, "")) for root in distinct(roots[kinds == OUT]).tolist()}
+    sizes_of = units.lowered_sizes()
+    computed = distinct(roots[kinds == OUT]).tolist()
+    found = {root: _Unit(reasons.get(root, ""), sizes_of.get(root, {})) for root in computed}
     for source in units.sources:
         key = (source.name, source.dim)
         ids = slice(source.first, source.first + source.size)
@@ -128,4 +135,4 @@ def _group(units: list[_Unit], names: collections.Counter[str]) -> ChannelGroup:
     path = producer.removesuffix(".weight").removesuffix(".bias")
     names[path] += 1
     name = path if names[path] == 1 else f"{path}#{names[path]}"
-    return ChannelGroup(name, len(units), members, first.frozen)
+    return ChannelGroup(name, len(units), members, first.frozen, tuple(first.sizes.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import warnings
 from collections.abc import Iterator
@@ -21,10 +22,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run a block without gradients; restore ``model`` and the process on exit, however it ends.
 
     Restored are, for every module: its attributes (train / eval flag, forward, counters), its tables of parameters,
-    buffers, children and hooks, the values of its buffers and the requires_grad flags of its parameters; for the
-    process: the random states of Python, numpy, torch and all CUDA devices in use, grad mode, warnings filters and
-    the switch of torch's fused attention. Not restored are values written into parameters, and changes inside a list
-    or dict that a module holds.
+    buffers, children and hooks, other dicts and lists that it holds (caches), the values of its buffers and the
+    requires_grad flags of its parameters; for the process: the random states of Python, numpy, torch and all CUDA
+    devices in use, grad mode, warnings filters and the switch of torch's fused attention. Not restored are values
+    written into parameters, and changes inside what such a dict or list holds.
     """
     modules = [(module, _attributes(module)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _has_values(buffer)]
@@ -88,13 +89,16 @@ def set_random_states(states: tuple[Any, ...]) -> None:
     torch.set_rng_state(states[2])
 
 
-def _attributes(module: nn.Module) -> tuple[dict[str, Any], dict[str, dict[Any, Any]]]:
+Table = dict[Any, Any] | list[Any]
+
+
+def _attributes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Table]]:
     attributes = dict(vars(module))
-    tables = {name: dict(attributes[name]) for name in MODULE_TABLES if name in attributes}
+    tables = {name: copy.copy(value) for name, value in attributes.items() if isinstance(value, (dict, list))}
     return attributes, tables
 
 
-def _restore_attributes(module: nn.Module, attributes: dict[str, Any], tables: dict[str, dict[Any, Any]]) -> None:
+def _restore_attributes(module: nn.Module, attributes: dict[str, Any], tables: dict[str, Table]) -> None:
     # The dicts are refilled, not replaced: the handles of hooks point to them.
     namespace = vars(module)
     for name in namespace.keys() - attributes.keys():
@@ -102,9 +106,14 @@ def _restore_attributes(module: nn.Module, attributes: dict[str, Any], tables: d
     namespace.update(attributes)
     for name, entries in tables.items():
         table = attributes[name]
-        if [(key, id(value)) for key, value in table.items()] != [(key, id(value)) for key, value in entries.items()]:
+        if _identities(table) != _identities(entries):
             table.clear()
-            table.update(entries)
+            table.extend(entries) if isinstance(table, list) else table.update(entries)
+
+
+def _identities(table: Table) -> list[tuple[Any, int]]:
+    entries = enumerate(table) if isinstance(table, list) else table.items()
+    return [(key, id(value)) for key, value in entries]
 
 
 def _has_values(buffer: Tensor) -> bool:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ _DROPOUTS = (
     torch.feature_dropout,
     torch.feature_alpha_dropout,
 )
+_LAYER_NORMS = {
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +55,21 @@ class Proof:
     untested: str = ""
 
 
-def prove(model: nn.Module, removals: Sequence[Removal], example_inputs: Any, *, seed: int = 0) -> Proof:
+def prove(
+    model: nn.Module,
+    removals: Sequence[Removal],
+    example_inputs: Any,
+    *,
+    together: Sequence[Collection[str]] = (),
+    seed: int = 0,
+) -> Proof:
     """Find out which removals change nothing but that the channels are gone.
 
-    Twice the model runs on the same inputs: once with all slices of the doomed units zero in every member of their
-    groups, once without them. In eval mode the outputs must agree; in train mode, with dropout off and a batch twice as
-    large where the model allows that, also the gradients of all that is kept and the statistics of the norms. Both
-    runs are in float64, where the model runs in it: rounding is no excuse then.
+    Twice the model runs on the same inputs: once without the doomed units, once with all their slices zero in every
+    member of their groups; layer norms take mean and variance of the other channels in both. In eval mode the outputs
+    must agree; in train mode, with dropout off and a batch twice as large where the model allows that, also the
+    gradients of all that is kept and the statistics of the norms. Both runs are in float64, where the model runs in it:
+    rounding is no excuse then.
 
     All removals are tried at once first. Where they do not agree they are halved, so that a few bad ones among many
     cost few runs; first in eval mode alone, which costs a fraction of the rest and finds nearly all bad ones.
@@ -66,6 +78,7 @@ def prove(model: nn.Module, removals: Sequence[Removal], example_inputs: Any, *,
         model: Not changed; worked on is a copy.
         removals: At most one for each group, all for the model as it is.
         example_inputs: What the model is called with.
+        together: Names of groups that are tried together first: the model may do without both, but not without one.
         seed: Seed of what the model draws.
 
     Raises:
@@ -73,27 +86,40 @@ def prove(model: nn.Module, removals: Sequence[Removal], example_inputs: Any, *,
     """
     trial = _Trial(model, example_inputs, seed)
     refused: dict[str, str] = {}
-    left = list(removals)
+    left = _bundles(removals, together)
     for runs in (trial.runs[:1], trial.runs):
         left = _halved(trial, left, runs, refused)
     order = {id(removal): index for index, removal in enumerate(removals)}
-    return Proof(tuple(sorted(left, key=lambda removal: order[id(removal)])), refused, trial.untested)
+    proven = sorted((removal for bundle in left for removal in bundle), key=lambda removal: order[id(removal)])
+    return Proof(tuple(proven), refused, trial.untested)
 
 
-def _halved(trial: _Trial, removals: list[Removal], runs: Sequence[_Mode], refused: dict[str, str]) -> list[Removal]:
-    """Return the removals that agree, all at once, and note why others do not."""
-    proven: list[Removal] = []
-    queue = [removals] if removals else []
+_Bundle = tuple[Removal, ...]
+"""Removals that are tried together."""
+
+
+def _bundles(removals: Sequence[Removal], together: Sequence[Collection[str]]) -> list[_Bundle]:
+    bundles = [tuple(removal for removal in removals if removal.group.name in names) for names in together]
+    bundled = {removal.group.name for bundle in bundles for removal in bundle}
+    return [*filter(None, bundles), *((removal,) for removal in removals if removal.group.name not in bundled)]
+
+
+def _halved(trial: _Trial, bundles: list[_Bundle], runs: Sequence[_Mode], refused: dict[str, str]) -> list[_Bundle]:
+    """Return the bundles that agree, all at once, and note why others do not."""
+    proven: list[_Bundle] = []
+    queue = [bundles] if bundles else []
     while queue:
         batch = queue.pop()
-        problem = trial.difference([*proven, *batch], runs)
+        problem = trial.difference([removal for bundle in [*proven, *batch] for removal in bundle], runs)
         if not problem:
             proven += batch
-        elif len(batch) == 1:
-            refused[batch[0].group.name] = problem
-        else:
+        elif len(batch) > 1:
             middle = len(batch) // 2
             queue += [batch[middle:], batch[:middle]]
+        elif len(batch[0]) > 1:
+            queue.append([(removal,) for removal in batch[0]])
+        else:
+            refused[batch[0][0].group.name] = problem
     return proven
 
 
@@ -145,7 +171,7 @@ class _Trial:
             return f"without these channels the forward fails {mode}: {_short(error)}"
         finally:
             undo()
-        with masked_units(self._model, removals):
+        with masked_units(self._model, removals), _NormaliseKept(self._model, cuts):
             expected = [run() for _, run in runs]
         for (mode, _), before, after in zip(runs, expected, got, strict=True):
             problem = _difference(before, after, cuts)
@@ -189,6 +215,32 @@ class _NoDropout(TorchFunctionMode):
             args, kwargs = args[:4], {**dict(zip(("dropout_p", "is_causal"), args[4:], strict=False)), **kwargs}
             kwargs["dropout_p"] = 0.0
         return func(*args, **kwargs)
+
+
+class _NormaliseKept(TorchFunctionMode):
+    """Has layer norms leave out the channels that are held at zero, and normalise the others alone."""
+
+    def __init__(self, model: nn.Module, cuts: Cuts) -> None:
+        super().__init__()
+        tensors = named_tensors(model)
+        self._cuts = {id(tensors[name]): dims for name, dims in cuts.items()}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {**dict(zip(_LAYER_NORMS.get(func, ()), args, strict=False)), **(kwargs or {})}
+        dims = self._cuts.get(id(given.get("weight")))
+        if func not in _LAYER_NORMS or not dims:
+            return func(*args, **(kwargs or {}))
+        x, weight = given["input"], given["weight"]
+        inner = {dim + x.dim() - weight.dim(): cut for dim, cut in dims.items()}
+        for name in given.keys() & {"weight", "bias"}:
+            given[name] = None if given[name] is None else cut_tensor(given[name], dims)
+        y = func(**{**given, "input": cut_tensor(x, inner), "normalized_shape": given["weight"].shape})
+        for dim, cut in inner.items():
+            zeros = y.new_zeros((*y.shape[:dim], cut.size, *y.shape[dim + 1 :]))
+            y = zeros.index_copy(dim, torch.tensor(cut.kept, device=y.device), y)
+        return y
 
 
 def _widest(model: nn.Module, example_inputs: Any, seed: int) -> tuple[nn.Module, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from lowrank_nn.graph.attributes import Cut, mark_resized, update_attributes
 from lowrank_nn.graph.groups import ChannelGroup
 from lowrank_nn.graph.heads import update_heads
 from lowrank_nn.graph.preserve import MODULE_TABLES
+from lowrank_nn.graph.sizes import Attribute, shrink_attributes
 from lowrank_nn.graph.special import release_fast_path
 from lowrank_nn.layers import CompressedLayer
 
@@ -56,7 +58,8 @@ def remove_units(model: nn.Module, removals: Sequence[Removal]) -> Callable[[], 
     """
     tensors = named_tensors(model)
     cuts = cuts_of(removals, tensors)
-    by_module = _by_module(model, {id(tensors[name]): dims for name, dims in cuts.items()})
+    less = _lowered(removals)
+    by_module = _by_module(model, {id(tensors[name]): dims for name, dims in cuts.items()}, less)
     undo = contextlib.ExitStack()
     try:
         for name, dims in cuts.items():
@@ -68,6 +71,7 @@ def remove_units(model: nn.Module, removals: Sequence[Removal]) -> Callable[[], 
             undo.callback(setattr, module, "__class__", cls)
         for removal in removals:
             update_heads(model, removal.group, removal.units)
+        shrink_attributes(model, less, {module: attributes for module, (_, attributes) in before.items()})
         for module, path, own in by_module:
             _update(module, path, own)
             _note_changes(module, *before[module], own)
@@ -138,12 +142,27 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(parameters) | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _by_module(model: nn.Module, cuts: Mapping[int, dict[int, Cut]]) -> list[tuple[nn.Module, str, Cuts]]:
-    """Return every module that a cut tensor is in, inner ones first, with its path and the cuts by name inside it."""
+def _lowered(removals: Sequence[Removal]) -> dict[Attribute, int]:
+    """Return what is taken from each number that a module keeps."""
+    less: collections.Counter[Attribute] = collections.Counter()
+    for removal in removals:
+        for source, count in removal.group.sizes:
+            less[source] += count * len(removal.units)
+    return dict(less)
+
+
+def _by_module(
+    model: nn.Module, cuts: Mapping[int, dict[int, Cut]], less: Mapping[Attribute, int]
+) -> list[tuple[nn.Module, str, Cuts]]:
+    """Return every module that a cut tensor is in, or whose attributes change, inner ones first.
+
+    Each with its path, and the cuts by name inside it.
+    """
     found = []
+    owners = {source.module for source in less}
     for path, module in model.named_modules():
         own = {name: cuts[id(tensor)] for name, tensor in named_tensors(module).items() if id(tensor) in cuts}
-        if own:
+        if own or path in owners:
             found.append((module, path, own))
     return found[::-1]
 

@@ -7,6 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from lowrank_nn.graph.sizes import Attribute, TracedSize
+
 VIRTUAL, THROUGH, IN, OUT = range(4)
 """What a unit's id stands for: no position of a parameter, or one that carries, reads or computes the unit."""
 
@@ -34,6 +36,7 @@ class Units:
         self._parent = torch.zeros(1, dtype=torch.int64)
         self._kind = torch.zeros(1, dtype=torch.int8)
         self._boxes: dict[tuple[tuple[int, ...], bytes], Tensor] = {}
+        self._sizes: list[tuple[Attribute, Tensor]] = []
 
     def fresh(self, size: int, source: tuple[str, int] | None = None) -> Tensor:
         """Return new ids, for the positions along a dimension (``source``: name, dim) or of no tensor of the model."""
@@ -114,6 +117,22 @@ class Units:
         """Note ids of a tensor that vary along several dimensions: what is removed must leave it a box."""
         box = ids.squeeze()
         self._boxes.setdefault((tuple(box.shape), box.numpy().tobytes()), box.clone())
+
+    def note_size(self, size: int, plane: Tensor, dim: int) -> None:
+        """Note that the forward gives this size to a dim along which a tensor has these ids."""
+        if isinstance(size, TracedSize) and plane.shape[dim] > 1:
+            self._sizes.append((size.source, plane.movedim(dim, 0).reshape(plane.shape[dim], -1)))
+
+    def lowered_sizes(self) -> dict[int, dict[Attribute, int]]:
+        """Return by root what the sizes that modules keep lose with the unit: positions that go as a whole."""
+        lowered: dict[int, dict[Attribute, int]] = {}
+        for source, rows in self._sizes:
+            roots = self.roots(rows)
+            whole = roots[(roots == roots[:, :1]).all(1), 0]
+            for root, count in zip(*(x.tolist() for x in torch.unique(whole, return_counts=True)), strict=True):
+                own = lowered.setdefault(root, {})
+                own[source] = max(count, own.get(source, 0))
+        return lowered
 
     def settle_boxes(self) -> None:
         """Unite units until each takes whole slices, along one dimension, of every tensor that it is a part of.

@@ -11,6 +11,7 @@ from torch import Tensor
 from lowrank_nn.errors import BudgetError, LowRankError, PlanError
 from lowrank_nn.graph.groups import ChannelGroup
 from lowrank_nn.graph.surgery import Removal, remove_units
+from lowrank_nn.graph.widths import SharedWidth
 from lowrank_nn.pipeline.state import State
 from lowrank_nn.planning.unit_choice import KeepRule
 
@@ -18,7 +19,13 @@ _BISECTIONS = 12
 
 
 def within_budget(
-    state: State, groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor], keep: KeepRule, *, additive: bool
+    state: State,
+    groups: Sequence[ChannelGroup],
+    scores: Mapping[str, Tensor],
+    keep: KeepRule,
+    widths: Sequence[SharedWidth] = (),
+    *,
+    additive: bool,
 ) -> list[Removal]:
     """Return the removal of the smallest share of units that brings the model within the budget.
 
@@ -27,6 +34,7 @@ def within_budget(
         groups: The groups.
         scores: Importance of the units of those that may be touched, by name.
         keep: What every group keeps.
+        widths: Groups that lose the same number of channels.
         additive: Whether the scores say what is lost with a unit, in one unit for all groups: then they are set against
             what the unit saves.
 
@@ -34,7 +42,7 @@ def within_budget(
         PlanError: There is no budget.
         BudgetError: No share does.
     """
-    search = _Search(state, groups, keep)
+    search = _Search(state, groups, keep, widths)
     if additive and keep.scope == "global":
         scores = search.per_cost(scores)
     low, high, best = 0.0, 1.0, search.removals(scores, 1.0)
@@ -62,19 +70,21 @@ def removals_of(groups: Sequence[ChannelGroup], chosen: Mapping[str, tuple[int, 
 class _Search:
     """Tries removals on the model of a dry run, and takes them back."""
 
-    def __init__(self, state: State, groups: Sequence[ChannelGroup], keep: KeepRule) -> None:
+    def __init__(
+        self, state: State, groups: Sequence[ChannelGroup], keep: KeepRule, widths: Sequence[SharedWidth]
+    ) -> None:
         if state.budget is None:
             raise PlanError(
                 "Prune: there is neither an amount nor a budget. Pass Prune(0.3, granularity='filter'), or "
                 "budget=Budget(macs=0.5) or the like."
             )
-        self._state, self._groups, self._keep = state, groups, keep
+        self._state, self._groups, self._keep, self._widths = state, groups, keep, widths
         self._target = state.budget.scaled(state.slack)
         self._allowed = self._target.allowed(state.dense_cost(), state.dense_latency())
 
     def removals(self, scores: Mapping[str, Tensor], share: float) -> list[Removal]:
         """Return the removals at a share, without those that a layer refuses at this size."""
-        removals = removals_of(self._groups, self._keep.choose(scores, share))
+        removals = removals_of(self._groups, self._keep.choose(scores, share, self._widths))
         if self._goes(removals):
             return removals
         return [removal for removal in removals if self._goes([removal])]

@@ -15,6 +15,7 @@ from lowrank_nn.graph.groups import ChannelGroup, find_groups
 from lowrank_nn.graph.proof import Proof, prove
 from lowrank_nn.graph.stand_in import with_numbers
 from lowrank_nn.graph.surgery import Removal, named_tensors, remove_units
+from lowrank_nn.graph.widths import SharedWidth, shared_widths
 from lowrank_nn.pipeline.evidence import changed_since_given
 from lowrank_nn.pipeline.filter_budget import removals_of, within_budget
 from lowrank_nn.pipeline.refit import merge_similar_, refit_readers
@@ -76,18 +77,20 @@ class FilterRemoval:
         groups = _cached(state, "groups", lambda: find_groups(model, state.example_inputs))
         wanted = self._wanted(state, groups)
         open_groups = [group for group in wanted if not group.frozen]
+        widths = shared_widths(open_groups, named_tensors(model))
         scores = _cached(state, ("scores", id(self)), lambda: self._scores(state, model, open_groups))
         notes = {group.name: group.frozen for group in wanted if group.frozen}
         notes |= {g.name: "the criterion says nothing about it" for g in wanted if not (g.frozen or g.name in scores)}
         if self.amount is None:
             every = dataclasses.replace(self.keep, scope="layer")
-            probe = removals_of(wanted, every.choose(scores, _PROBED))
-            notes |= self._prove(state, model, probe).refused
+            probe = removals_of(wanted, every.choose(scores, _PROBED, widths))
+            notes |= self._prove(state, model, probe, widths).refused
             scores = {name: values for name, values in scores.items() if name not in notes}
             additive = self.criterion in ADDITIVE
-            removals = within_budget(state, wanted, scores, self.keep, additive=additive)
+            removals = within_budget(state, wanted, scores, self.keep, widths, additive=additive)
         else:
-            proof = self._prove(state, model, removals_of(wanted, self.keep.choose(scores, self.amount)))
+            chosen = removals_of(wanted, self.keep.choose(scores, self.amount, widths))
+            proof = self._prove(state, model, chosen, widths)
             removals = list(proof.proven)
             notes |= proof.refused
         return _decisions(wanted, {removal.group.name: removal for removal in removals}, notes)
@@ -103,7 +106,9 @@ class FilterRemoval:
             resize_free_norms(state.model, channels)
             state.pruned = (smaller, recording)
         else:
-            proof = prove(state.model, self._chosen_now(state, removals), state.example_inputs, seed=state.seed)
+            widths = shared_widths([removal.group for removal in removals], named_tensors(state.model))
+            chosen = self._chosen_now(state, removals)
+            proof = _proof(state, state.model, chosen, widths)
             for name, reason in proof.refused.items():
                 state.remark(_producers(_named(removals, name))[0], f"Prune: filters put back: {reason}")
             if proof.untested:
@@ -158,10 +163,10 @@ class FilterRemoval:
             progress=state.progress and not state.dry,
         )
 
-    def _prove(self, state: State, model: nn.Module, removals: Sequence[Removal]) -> Proof:
-        return _cached(
-            state, ("proof", *removals), lambda: prove(model, removals, state.example_inputs, seed=state.seed)
-        )
+    def _prove(
+        self, state: State, model: nn.Module, removals: Sequence[Removal], widths: Sequence[SharedWidth]
+    ) -> Proof:
+        return _cached(state, ("proof", *removals), lambda: _proof(state, model, removals, widths))
 
     def _chosen_now(self, state: State, removals: Sequence[Removal]) -> list[Removal]:
         """Return as many units of each group, chosen by the weights as they are now."""
@@ -172,6 +177,11 @@ class FilterRemoval:
             Removal(r.group, least_important(scores[r.group.name], len(r.units)) if r.group.name in scores else r.units)
             for r in removals
         ]
+
+
+def _proof(state: State, model: nn.Module, removals: Sequence[Removal], widths: Sequence[SharedWidth]) -> Proof:
+    together = [width.per_unit.keys() for width in widths]
+    return prove(model, removals, state.example_inputs, together=together, seed=state.seed)
 
 
 def _shrunk(model: nn.Module, removals: Sequence[Removal], state: State) -> tuple[nn.Module, Recording, dict[str, int]]:

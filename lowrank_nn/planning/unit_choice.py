@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_nn.errors import OptionError, check_whole_number
+from lowrank_nn.graph.widths import SharedWidth
 
 Scope = Literal["layer", "global"]
 
@@ -44,19 +45,40 @@ class KeepRule:
         least = max(1, math.ceil(self.min_keep * size - 1e-9), wanted)
         return min(size, -(-least // self.round_to) * self.round_to)
 
-    def choose(self, scores: Mapping[str, Tensor], share: float) -> dict[str, tuple[int, ...]]:
+    def choose(
+        self, scores: Mapping[str, Tensor], share: float, widths: Sequence[SharedWidth] = ()
+    ) -> dict[str, tuple[int, ...]]:
         """Return, by group, the units that go.
 
         Args:
             scores: Importance of each unit by group. Of equal ones the last go first.
             share: Share of the units to remove, of every group or of all together. Where groups must keep more than
                 their importance says, with ``scope="global"`` others lose more.
+            widths: Groups that lose the same number of channels; those of which a group has no scores do not count.
         """
         if self.scope == "global":
             kept = self._kept_globally(scores, share)
         else:
             kept = {name: self.kept(len(s), len(s) - round(share * len(s))) for name, s in scores.items()}
+        for width in widths:
+            if width.per_unit.keys() <= scores.keys():
+                kept |= self._filled(width, kept)
         return {name: least_important(s, len(s) - kept[name]) for name, s in scores.items()}
+
+    def _filled(self, width: SharedWidth, kept: Mapping[str, int]) -> dict[str, int]:
+        """Return how many units of groups that share a width stay: of as many channels, near the mean of ``kept``."""
+        wanted = sum(kept[name] * wide for name, wide in width.per_unit.items()) / len(width.per_unit)
+        step = math.lcm(*width.per_unit.values())
+        possible = [
+            channels
+            for channels in range(step, width.channels + 1, step)
+            if all(
+                self.kept(width.channels // wide, channels // wide) == channels // wide
+                for wide in width.per_unit.values()
+            )
+        ]
+        best = min(possible, key=lambda channels: abs(channels - wanted), default=width.channels)
+        return {name: best // wide for name, wide in width.per_unit.items()}
 
     def _kept_globally(self, scores: Mapping[str, Tensor], share: float) -> dict[str, int]:
         """Return how many units of each group stay when the least important ones of all groups go."""

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import functools
 import random
 
 import torch
@@ -50,7 +51,18 @@ def zeroed(model, removals):
         tensor = tensors[name].data
         index = torch.tensor(sorted(positions))
         tensors[name].data = tensor.index_fill(dim, index, 0)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, nn.LayerNorm):
+            owner.forward = functools.partial(_normalised_without, owner, positions)
     return model
+
+
+def _normalised_without(norm, gone, x):
+    """Layer normalisation by its formula, over the channels that are left."""
+    there = torch.tensor([float(i not in gone) for i in range(x.shape[-1])], dtype=x.dtype)
+    mean = (x * there).sum(-1, keepdim=True) / there.sum()
+    variance = ((x - mean).square() * there).sum(-1, keepdim=True) / there.sum()
+    return ((x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias) * there
 
 
 @torch.no_grad()
@@ -100,3 +112,5 @@ def _fit_attributes(module, groups):
         module.num_features = len(module.running_mean)
     elif isinstance(module, nn.GroupNorm):
         module.num_groups, module.num_channels = groups, len(module.weight)
+    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)

@@ -23,6 +23,8 @@ class Restless(nn.Module):
         self.register_buffer("cache", torch.full((2,), float("nan")), persistent=False)
         self.register_buffer("late", None)
         self.calls = 0
+        self.cached = {"x": None}
+        self.seen = [0, 1]
         self.error = error
         self.to(device)
 
@@ -31,6 +33,8 @@ class Restless(nn.Module):
         self.cache = torch.zeros(5)
         self.late = torch.ones(2)
         self.calls += 1
+        self.cached["y"] = self.cached.pop("x")
+        self.seen[0] = x
         self.trace = x
         self.inner.train()
         y = self.inner(x) + torch.rand_like(x)
@@ -57,7 +61,8 @@ def fingerprint(model):
         flags = {name: p.requires_grad for name, p in module.named_parameters(recurse=False)}
         attributes = {key: id(value) for key, value in vars(module).items()}
         hooks = [list(table.items()) for name, table in vars(module).items() if name.endswith("_hooks")]
-        modules[path] = (id(module), module.training, tensors, attributes, hooks, list(module._modules), flags)
+        own = [repr(value) for value in vars(module).values() if type(value) in (dict, list)]
+        modules[path] = (id(module), module.training, tensors, attributes, own, hooks, list(module._modules), flags)
     process = (
         torch.get_rng_state().numpy().tobytes(),
         [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],

@@ -191,3 +191,63 @@ def test_no_removals_no_work():
 def test_on_cuda():
     model = plain().cuda()
     assert len(prove(model, removals_of(model, 1), X.cuda()).proven) == 3
+
+
+class Normalised(nn.Module):
+    """``scaled`` computes the weight of the norm: then nobody knows which of its channels are gone."""
+
+    def __init__(self, norm, scaled=False):
+        super().__init__()
+        self.first, self.norm, self.last, self.scaled = nn.Linear(3, 8), norm, nn.Linear(8, 4), scaled
+
+    def forward(self, x):
+        x = self.first(x)
+        y = F.layer_norm(x, x.shape[-1:], self.norm.weight * 1) if self.scaled else self.norm(x)
+        return self.last(y)
+
+
+def normalised_groups(norm):
+    names = [name for name in ("weight", "bias") if getattr(norm, name, None) is not None]
+    members = [Member("first.weight", 0, each(8), "out"), Member("first.bias", 0, each(8), "out")]
+    members += [Member(f"norm.{name}", 0, each(8), "through") for name in names]
+    return ChannelGroup("first", 8, (*members, Member("last.weight", 1, each(8), "in")))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.RMSNorm(8)], ids=str)
+def test_layer_norms_normalise_what_is_left(norm):
+    model = seeded(lambda: (Normalised(norm), None))()[0]
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0)
+    x = X[:, :, 0].permute(0, 2, 1)
+    removal = Removal(normalised_groups(norm), (1, 4, 5))
+    assert prove(model, [removal], x).proven == (removal,)
+    other = Removal(ChannelGroup("first", 8, removal.group.members[:-1]), removal.units)  # the reader keeps its columns
+    assert prove(model, [other], x).proven == ()
+
+
+def test_a_layer_norm_with_a_computed_weight_is_refused():
+    norm = nn.LayerNorm(8, bias=False)
+    model = seeded(lambda: (Normalised(norm, scaled=True), None))()[0]
+    proof = prove(model, [Removal(normalised_groups(norm), (1, 4, 5))], X[:, :, 0].permute(0, 2, 1))
+    assert "differ" in proof.refused["first"]
+
+
+def test_removals_that_only_work_together_are_tried_together():
+    """Two halves of a product of fixed shape."""
+
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.c(self.a(x) * self.b(x))
+
+    model = seeded(lambda: (Gate(), None))()[0]
+    rows = [[Member(f"{n}.{t}", 0, each(6), "out") for t in ("weight", "bias")] for n in "ab"]
+    one = Removal(ChannelGroup("a", 6, (*rows[0], Member("c.weight", 1, each(6), "in"))), (2,))
+    two = Removal(ChannelGroup("b", 6, tuple(rows[1])), (2,))
+    bad = Removal(ChannelGroup("bad", 6, (Member("a.bias", 0, each(6), "out"),)), (0,))
+    x = X[:, :, 0, 0]
+    assert set(prove(model, [one, bad, two], x).refused) == {"a", "b", "bad"}
+    assert set(prove(model, [one, bad, two], x, together=[{"a", "b"}]).refused) == {"bad"}

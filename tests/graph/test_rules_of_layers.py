@@ -134,6 +134,11 @@ LAYERS = {
         ),
         APART,
     ),
+    "layer norm": (
+        lambda net, a, b: net.norm((a + b).movedim(1, -1)).movedim(-1, 1),
+        {"norm": nn.LayerNorm(8)},
+        BOTH,
+    ),
 }
 
 
@@ -143,9 +148,9 @@ def test_channels_that_can_go(middle, tensors, expected):
 
 
 MIXED = {
-    "layer norm": (
+    "layer norm without a weight": (
         lambda net, a, b: net.norm(a.movedim(1, -1)),
-        {"norm": nn.LayerNorm(8)},
+        {"norm": nn.LayerNorm(8, elementwise_affine=False)},
         "mixed by layer_norm in norm",
     ),
     "standardized kernel": (

@@ -9,7 +9,7 @@ from lowrank_nn.layers import NarrowWindowAttention, NarrowWindowAttentionV2, na
 from tests.zoo.swin import Swin, WindowAttention, WindowAttentionV2
 
 X = torch.randn(2, 3, 14, 14, generator=torch.Generator().manual_seed(0))
-HALF = lnn.Prune(0.5, granularity="filter")
+HALF = lnn.Prune(0.5, granularity="filter", where="*attention*")  # the channels that the attentions read stay
 FORMS = [(WindowAttention, NarrowWindowAttention), (WindowAttentionV2, NarrowWindowAttentionV2)]
 
 

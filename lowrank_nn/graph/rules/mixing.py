@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from torch import nn
 
 from lowrank_nn.graph.labels import Labels, merge, mix, split_dim, support
 from lowrank_nn.graph.rules._call import Call, Outcome, Planes, Rule, aligned, normal_dims, rule_for
@@ -129,12 +132,16 @@ def group_norm(call: Call) -> list[Planes]:
 
 @rule_for("layer_norm rms_norm")
 def layer_norm(call: Call) -> list[Planes]:
-    """All that is normalised together goes together."""
+    """Channels with a weight of their own go one by one, and what is left is normalised; others go all together."""
     labels, count = call.first, len(call.first.shape)
-    inner = len(call.argument(1, "normalized_shape"))
+    shape, weight = call.argument(1, "normalized_shape"), call.argument(2, "weight")
     parameters = [call.labels(call.argument(position, name)) for position, name in ((2, "weight"), (3, "bias"))]
-    mixed = mix_all(call, labels, range(count - inner, count))
-    for parameter in parameters:
-        call.units.freeze(parameter.ids(), f"mixed by {call.where}")
-    operands = [dataclasses.replace(labels, planes=tuple(mixed)), *(aligned(p, count) for p in parameters if p.shape)]
-    return [merge(call.units, operands, call.where)]
+    first = count - len(shape)
+    if not isinstance(weight, nn.Parameter):
+        labels = dataclasses.replace(labels, planes=tuple(mix_all(call, labels, range(first, count))))
+        for parameter in parameters:
+            call.units.freeze(parameter.ids(), f"mixed by {call.where}")
+    planes = merge(call.units, [labels, *(aligned(p, count) for p in parameters if p.shape)], call.where)
+    for plane, (dim, size) in itertools.product(planes, enumerate(shape, first)):
+        call.units.note_size(size, plane, dim)
+    return [planes]

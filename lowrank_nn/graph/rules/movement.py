@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.labels import Labels, concatenate, mix, move, split_dim, support
 from lowrank_nn.graph.rules._call import RULES, Call, Planes, rule_for
+from lowrank_nn.graph.sizes import flat_sizes
 
 RESHAPES: dict[Any, Any] = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}
 """Expanded labels do not have the strides that a view may ask for."""
@@ -42,7 +44,7 @@ def on_cpu(value: Any) -> Any:
 
 
 @rule_for(
-    """view reshape view_as reshape_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t T
+    """view_as reshape_as flatten ravel permute transpose swapaxes swapdims movedim moveaxis t T
     mT H mH adjoint squeeze unsqueeze flip fliplr flipud rot90 diagonal
     atleast_1d atleast_2d atleast_3d repeat_interleave
     pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle"""
@@ -53,6 +55,28 @@ def movement(call: Call) -> list[Planes]:
 
 
 RULES[Tensor.unfold] = movement
+
+
+@rule_for("view reshape")
+def reshape(call: Call) -> list[Planes]:
+    """Move the labels along; sizes that are attributes of modules follow the units along their dim."""
+    results = moved(call, call.first)
+    shape = [*call.args[1:], *(value for name, value in call.kwargs.items() if name != "input")]
+    return _sized(call, results, list(flat_sizes(shape)), 0)
+
+
+@rule_for("unflatten")
+def unflatten(call: Call) -> list[Planes]:
+    """One dim as several, as :func:`reshape`."""
+    dim = call.argument(1, "dim") % len(call.first.shape)
+    return _sized(call, moved(call, call.first), list(flat_sizes([call.argument(2, "sizes")])), dim)
+
+
+def _sized(call: Call, results: list[Planes], sizes: Sequence[int], first: int) -> list[Planes]:
+    """Note the sizes that the forward gives to the dims from ``first`` on."""
+    for plane, (dim, size) in itertools.product(results[0], enumerate(sizes, first)):
+        call.units.note_size(size, plane, dim)
+    return results
 
 
 @rule_for("expand expand_as broadcast_to repeat tile")

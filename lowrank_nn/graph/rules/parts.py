@@ -14,6 +14,7 @@ from lowrank_nn.graph.labels import Labels, compact, merge, mix, move, split_dim
 from lowrank_nn.graph.rules._call import Call, Planes, aligned, normal_dims, rule_for
 from lowrank_nn.graph.rules.mixing import mix_all
 from lowrank_nn.graph.rules.movement import moved, on_cpu
+from lowrank_nn.graph.sizes import TracedSize, flat_sizes
 
 
 @rule_for("roll")
@@ -23,14 +24,36 @@ def roll(call: Call) -> list[Planes]:
     return moved(call, _read_by_number(call, call.first, normal_dims(dims, len(call.first.shape))))
 
 
-@rule_for("chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit")
-def split(call: Call) -> list[Planes]:
+@rule_for("chunk tensor_split unsafe_chunk hsplit vsplit dsplit")
+def equal_parts(call: Call) -> list[Planes]:
     """Equal parts shrink together; unequal ones do not."""
-    shapes = call.shapes
-    changed = [d for d, sizes in enumerate(zip(*shapes, call.first.shape, strict=True)) if len({*sizes}) > 1]
-    for dim in changed:
-        _tie_parts(call, call.first, dim, [shape[dim] for shape in shapes])
+    dim, sizes = _parts(call)
+    _tie_parts(call, call.first, dim, sizes)
     return moved(call, call.first)
+
+
+@rule_for("split split_with_sizes unsafe_split")
+def split(call: Call) -> list[Planes]:
+    """Parts whose sizes are all attributes of modules shrink each on its own, and these follow; others as above."""
+    dim, sizes = _parts(call)
+    named = [value for name, value in call.kwargs.items() if name not in ("tensor", "input", "dim")]
+    given = list(flat_sizes([*call.args[1:2], *named]))
+    if len(given) == len(sizes) == sum(isinstance(size, TracedSize) for size in given):
+        results = moved(call, call.first)
+    else:
+        results = equal_parts(call)
+    for size, planes in zip(given, results, strict=False):  # a single size is that of the first part too
+        for plane in planes:
+            call.units.note_size(size, plane, dim)
+    return results
+
+
+def _parts(call: Call) -> tuple[int, list[int]]:
+    """Return the dimension along which a tensor was split, and the sizes of the parts."""
+    shapes = call.shapes
+    differ = [d for d, sizes in enumerate(zip(*shapes, call.first.shape, strict=True)) if len({*sizes}) > 1]
+    dim = differ[0] if differ else 0  # without, there is one part or none is smaller
+    return dim, [shape[dim] for shape in shapes]
 
 
 def _tie_parts(call: Call, labels: Labels, dim: int, sizes: Sequence[int]) -> None:
