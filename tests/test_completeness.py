@@ -1,8 +1,10 @@
 """Nothing public without a docstring, nothing registered without an export and a row in the docs."""
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,25 @@ def test_public_names_have_one_home_and_a_docstring():
         if inspect.isclass(value) or inspect.isfunction(value):
             assert value.__module__.startswith("lowrank_nn."), name
             assert inspect.getdoc(value), name
+
+
+def own_parameters(value):
+    """The parameters of a function, or of the constructor that a class defines itself."""
+    if inspect.isclass(value) and not ("__init__" in vars(value) or dataclasses.is_dataclass(value)):
+        return []
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [name for name, parameter in inspect.signature(value).parameters.items() if parameter.kind not in kinds]
+
+
+def test_every_argument_of_a_public_name_is_documented():
+    missing = {}
+    for name, value in public_names().items():
+        if inspect.isclass(value) or inspect.isfunction(value):
+            text = f"{inspect.getdoc(value)}\n{inspect.getdoc(value.__init__)}"
+            documented = set(re.findall(r"^ +(\w+): ", text, flags=re.MULTILINE))
+            if undocumented := [parameter for parameter in own_parameters(value) if parameter not in documented]:
+                missing[name] = undocumented
+    assert missing == {}
 
 
 def test_names_exported_by_packages_exist_and_are_public():

@@ -30,6 +30,9 @@ LayerClass = TypeVar("LayerClass", bound="type[CompressedLayer]")
 def register_layer(cls: LayerClass) -> LayerClass:
     """Class decorator that adds a layer to :data:`LAYERS`.
 
+    Args:
+        cls: The class, which is returned as it is.
+
     Raises:
         LowRankError: Another class is registered under this name.
     """

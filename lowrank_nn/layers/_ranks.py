@@ -135,6 +135,9 @@ class VBMF(RankRule):
 
     Args:
         weaken: Share of the way from full rank to the estimated one, in (0, 1].
+
+    Raises:
+        OptionError: ``weaken`` is out of range.
     """
 
     weaken: float = 1.0
@@ -168,6 +171,9 @@ class Energy(RankRule):
 
     Args:
         share: Share of the squared Frobenius norm to keep, in (0, 1].
+
+    Raises:
+        OptionError: ``share`` is out of range.
     """
 
     share: float
@@ -193,6 +199,9 @@ class Params(RankRule):
 
     Args:
         share: Share of the dense weight's scalars that may remain, in (0, 1].
+
+    Raises:
+        OptionError: ``share`` is out of range.
     """
 
     share: float
@@ -221,6 +230,9 @@ class SpeedUp(RankRule):
 
     Args:
         times: How many times fewer MACs, at least 1. MACs predict time only roughly; measure what matters.
+
+    Raises:
+        OptionError: ``times`` is no finite number from 1.
     """
 
     times: float

@@ -84,12 +84,25 @@ class FixedPoint:
         return whole * self.step + (steps - steps.detach()) * self.step
 
     def to_integers(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return ``x`` rounded, as multiples of the step, in the narrowest of int8, int16 and int32."""
+        """Return ``x`` rounded, as multiples of the step, in the narrowest of int8, int16 and int32.
+
+        Args:
+            x: As for :meth:`round`.
+            generator: As for :meth:`round`.
+
+        Raises:
+            OptionError: The dtype of ``x`` does not hold numbers of so many bits.
+        """
         dtype = next(t for t, bits in ((torch.int8, 8), (torch.int16, 16), (torch.int32, 32)) if self.bits <= bits)
         return (self.round(x.detach(), generator) / self.step).to(dtype)
 
     def from_integers(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Undo :meth:`to_integers`."""
+        """Undo :meth:`to_integers`.
+
+        Args:
+            codes: Multiples of the step.
+            dtype: Dtype of the result.
+        """
         return codes.to(dtype) * self.step
 
     def round_after(self, optimizer: AnyOptimizer, generator: torch.Generator | None = None) -> AnyOptimizer:

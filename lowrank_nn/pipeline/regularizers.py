@@ -135,7 +135,11 @@ class ChannelLasso(Regularizer):
         return f"ChannelLasso({len(self.groups)} groups, {self.strength})"
 
     def terms(self, model: nn.Module) -> Iterator[Tensor]:
-        """Yield sqrt(n_u) ||theta_u|| of all units, group by group."""
+        """Yield sqrt(n_u) ||theta_u|| of all units, group by group.
+
+        Raises:
+            PlanError: The groups are not those of this model.
+        """
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for group, positions in zip(self.groups, self._positions, strict=True):
             slices = [
@@ -181,7 +185,11 @@ class ScaleL1(Regularizer):
         return f"ScaleL1({self.strength}, where={self.where!r}, but_not={self.but_not!r})"
 
     def terms(self, model: nn.Module) -> Iterator[Tensor]:
-        """Yield |gamma| of all norms."""
+        """Yield |gamma| of all norms.
+
+        Raises:
+            PlanError: No norm that is wanted has a scale.
+        """
         norms = _chosen(type(self).__name__, model, (_NormBase,), self.where, self.but_not)
         scales = [norm.weight.abs() for norm in norms if isinstance(norm.weight, Tensor)]
         if not scales:

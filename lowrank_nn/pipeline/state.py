@@ -163,12 +163,20 @@ class Step(abc.ABC):
     def decide(self, state: State) -> list[Decision]:
         """Return a decision for every layer that this step is about.
 
+        Args:
+            state: The dry run up to this step; its model is on the meta device.
+
         Raises:
             PlanError: The step cannot be carried out on this model.
         """
 
     def execute(self, state: State, decisions: list[Decision]) -> None:
-        """Replace the layers as decided, each filled from the layer it replaces."""
+        """Replace the layers as decided, each filled from the layer it replaces.
+
+        Args:
+            state: The dry run, or the copy with numbers; its model is changed in place.
+            decisions: What :meth:`decide` returned.
+        """
         replaced = [decision for decision in decisions if decision.layer_class is not None]
         data = self.measure(state, replaced)
         for decision in state.watch(replaced, type(self).__name__):
@@ -176,7 +184,12 @@ class Step(abc.ABC):
             state.replace(decision.path, build(decision, layer, data.get(decision.path, {})))
 
     def measure(self, state: State, decisions: list[Decision]) -> dict[str, dict[str, Any]]:
-        """Return, per path, the options that need data, such as input ranges; called before any layer changes."""
+        """Return, per path, the options that need data, such as input ranges; called before any layer changes.
+
+        Args:
+            state: As for :meth:`execute`.
+            decisions: Those that replace a layer.
+        """
         return {}
 
     def allocates(self) -> bool:

@@ -78,11 +78,21 @@ class Budget:
         return {name: share for name in _SHARES if (share := getattr(self, name)) is not None}
 
     def allowed(self, dense: Cost, milliseconds: float = 0.0) -> NDArray[np.float64]:
-        """Return what each given share allows for a model with the dense cost and latency given."""
+        """Return what each given share allows, in the order of :meth:`shares`.
+
+        Args:
+            dense: Cost of the dense model.
+            milliseconds: Time of one of its forwards, where the budget has a share of that.
+        """
         return np.array(list(self.shares().values())) * self.spent(dense, milliseconds)
 
     def spent(self, cost: Cost, milliseconds: float = 0.0) -> NDArray[np.float64]:
-        """Return what this budget limits of a cost and a latency, in the order of :meth:`shares`."""
+        """Return what this budget limits, in the order of :meth:`shares`.
+
+        Args:
+            cost: Cost of a model.
+            milliseconds: Time of one of its forwards, where the budget has a share of that.
+        """
         amounts = dataclasses.asdict(cost) | {"latency": milliseconds}
         return np.array([amounts[name] for name in self.shares()], dtype=np.float64)
 
