@@ -1,13 +1,18 @@
-"""The rank problem of the formats whose rank is that of one matrix per group."""
+"""The rank problems of the formats whose rank is that of one matrix per group."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_nn.decompose import Metric, singular_values
-from lowrank_nn.layers._ranks import IntArray, RankProblem, RankTable
+from lowrank_nn.decompose import Metric, singular_values, weighted_svd_errors, weighted_tucker1_errors
+from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankTable
+from lowrank_nn.layers._source import Source
+
+Order = Literal["spatial_first", "pointwise_first"]
 
 
 class MatrixProblem(RankProblem):
@@ -33,3 +38,67 @@ class MatrixProblem(RankProblem):
         squares = torch.stack([singular_values(m) for m in self.matrices]).square().sum(0).cpu().numpy()
         tails = np.append(np.cumsum(squares[::-1])[::-1][1:], 0.0)
         return RankTable(np.arange(1, self.limits[0] + 1)[:, None], tails)
+
+
+class LinearProblem(MatrixProblem):
+    """The rank of the weight of a linear layer."""
+
+    def table(self, metric: Metric | None = None) -> RankTable:
+        """Return all ranks, with the exact errors."""
+        table = super().table()
+        if metric is None:
+            return table
+        return table._replace(errors=weighted_svd_errors(self.matrices[0], metric).cpu().numpy())
+
+    def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
+        return self.params(*ranks) * positions.batch
+
+    def dense(self, positions: Positions) -> tuple[int, int]:
+        return self.rows * self.columns, self.rows * self.columns * positions.batch
+
+    def typical_positions(self) -> Positions:
+        return Positions()
+
+
+class ConvProblem(MatrixProblem):
+    """The rank of the kernel of a convolution, unfolded for the order of the two convolutions."""
+
+    def __init__(self, source: Source, order: Order) -> None:
+        arguments = source.arguments
+        super().__init__("SVDConv2d", unfold_kernel(source.weight, arguments["groups"], order))
+        self.weight = source.weight
+        self.order = order
+        self.taps = source.weight[0, 0].numel()
+        self.stride: tuple[int, int] = arguments["stride"]
+
+    def table(self, metric: Metric | None = None) -> RankTable:
+        """Return all ranks with their errors: exact, but pointwise first under a metric a few percent too large."""
+        table = super().table()
+        if metric is None:
+            return table
+        closed_form = self.order == "spatial_first" or self.taps == 1
+        errors = (weighted_svd_errors if closed_form else weighted_tucker1_errors)(self.weight, metric)
+        return table._replace(errors=errors[: self.limits[0]].cpu().numpy())
+
+    def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
+        # The second convolution runs on output positions; a leading 1x1 runs on every input position.
+        first = positions.outputs if self.order == "spatial_first" else positions.inputs
+        return np.asarray(ranks[0]) * self.groups * self._weighted(first, positions.outputs)
+
+    def _weighted(self, first: int, second: int) -> int:
+        if self.order == "spatial_first":
+            return self.columns * first + self.rows * second
+        return self.rows * first + self.columns * second
+
+    def dense(self, positions: Positions) -> tuple[int, int]:
+        params = self.groups * self.rows * self.columns
+        return params, params * positions.outputs
+
+    def typical_positions(self) -> Positions:
+        return Positions(1, *self.stride, 1, 1)
+
+
+def unfold_kernel(weight: Tensor, groups: int, order: Order) -> Tensor:
+    """Return the matrix of each group, ``(groups, O/g, I/g K^2)``, or ``(groups, I/g, O/g K^2)`` pointwise first."""
+    blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return blocks.flatten(2) if order == "spatial_first" else blocks.transpose(1, 2).flatten(2)

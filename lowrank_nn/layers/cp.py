@@ -5,116 +5,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lowrank_nn.decompose import Metric, cp, cp_als, cp_full_rank, cp_tensor, weighted_cp, weighted_cp_errors
-from lowrank_nn.errors import OptionError, RankError
+from lowrank_nn.decompose import Metric, cp, cp_full_rank, cp_tensor, weighted_cp
 from lowrank_nn.layers._base import register_layer
+from lowrank_nn.layers._cp_ranks import CPProblem, Factors, check_factors, kernel_tensors
 from lowrank_nn.layers._lowrank import LowRankLayer
-from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
+from lowrank_nn.layers._ranks import RankProblem, RankRule, check_rank
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_factors_
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages
 
-Factors = Literal[3, 4]
-
-_TABLE_SHARES = np.geomspace(0.04, 0.8, 8)
-_TABLE_SWEEPS = 20
-_TABLE_WORK = 4e9
-_TABLE_TERMS = 800  # per group; fits of more take minutes
 _REFIT_ITERATIONS = 25
-
-
-class _CPProblem(RankProblem):
-    """The number of terms per group."""
-
-    def __init__(self, source: Source, factors: Factors) -> None:
-        self.name = "CPConv2d"
-        self.groups: int = source.arguments["groups"]
-        self.stride: tuple[int, int] = source.arguments["stride"]
-        self.tensors = _tensors(source.weight, self.groups, factors)
-        self.limits = (cp_full_rank(self.tensors.shape[1:]),)
-
-    def unfoldings(self) -> tuple[Tensor, ...]:
-        raise RankError(
-            "CPConv2d: VBMF and Energy choose the rank of a matrix, but the rank here is a number of terms, which no "
-            "matrix has. Give a rank, Params(share) or SpeedUp(times)."
-        )
-
-    def params(self, *ranks: IntArray | int) -> IntArray:
-        return np.asarray(ranks[0]) * self.groups * sum(self.tensors.shape[1:])
-
-    def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
-        out, inn, *spatial = self.tensors.shape[1:]
-        # The vertical convolution sees the rows of the output, but still all columns of the input.
-        between = positions.batch * positions.height_out * positions.width_in
-        spatial_places = (positions.outputs,) if len(spatial) == 1 else (between, positions.outputs)
-        per_term = inn * positions.inputs + out * positions.outputs
-        per_term += sum(taps * places for taps, places in zip(spatial, spatial_places, strict=True))
-        return np.asarray(ranks[0]) * self.groups * per_term
-
-    def dense(self, positions: Positions) -> tuple[int, int]:
-        params = self.tensors.numel()
-        return params, params * positions.outputs
-
-    def typical_positions(self) -> Positions:
-        return Positions(1, *self.stride, 1, 1)
-
-    def table(self, metric: Metric | None = None) -> RankTable:
-        """Return the ranks between 4 % and 80 % of the dense parameters, up to 800, with the errors of short fits.
-
-        Up to eight ranks are fitted; between them errors are interpolated, as falling geometrically with the rank. The
-        error of a full fit is lower; there are no ranks where a single term costs more than the dense layer.
-        """
-        break_even = self.tensors.numel() / int(self.params(1))
-        wanted = np.clip(_TABLE_SHARES * break_even, 1, self.limits[0])
-        ranks = np.unique(wanted.astype(np.int64) // self.multiple * self.multiple)
-        ranks = ranks[(ranks > 0) & (ranks < break_even) & (ranks <= _TABLE_TERMS)]
-        if metric is not None:
-            errors = np.array(weighted_cp_errors(self.tensors.flatten(0, 1), metric, ranks.tolist()))
-            return _filled_in(ranks, errors, self.multiple)
-        errors = np.zeros(len(ranks))
-        for tensor in self.tensors if len(ranks) else ():
-            start = cp_als(tensor, int(ranks[-1]), sweeps=0)
-            errors += [_short_fit_error(tensor, [factor[:, :rank] for factor in start]) for rank in ranks]
-        return _filled_in(ranks, errors, self.multiple)
-
-
-def _filled_in(ranks: IntArray, errors: NDArray[np.float64], multiple: int) -> RankTable:
-    """Return all multiples between the ranks, their errors interpolated on a logarithmic scale."""
-    if not len(ranks):
-        return RankTable(ranks[:, None], errors)
-    every = np.arange(ranks[0], ranks[-1] + 1, multiple)
-    falling = np.log(np.maximum(np.minimum.accumulate(errors), np.finfo(np.float64).tiny))
-    return RankTable(every[:, None], np.exp(np.interp(every, ranks, falling)))
-
-
-def _short_fit_error(tensor: Tensor, start: list[Tensor]) -> float:
-    """Return the squared error after as many sweeps from ``start`` as a fixed amount of work pays for."""
-    rank = start[0].shape[1]
-    sweep = 4 * tensor.numel() * rank + 4 * rank**3
-    factors = cp_als(tensor, rank, sweeps=min(_TABLE_SWEEPS, int(_TABLE_WORK // sweep)), start=start)
-    return float((tensor - cp_tensor(factors)).double().square().sum())
-
-
-def _tensors(weight: Tensor, groups: int, factors: Factors) -> Tensor:
-    """Return the tensor of each group, ``(groups, O/g, I/g, kh kw)``, or ``(groups, O/g, I/g, kh, kw)``."""
-    _check_factors(factors)
-    tensors = weight.reshape(groups, -1, *weight.shape[1:])
-    return tensors.flatten(3) if factors == 3 else tensors
-
-
-def _check_factors(factors: object) -> None:
-    if factors not in (3, 4):
-        raise OptionError(
-            f"CPConv2d: factors must be 3 (1x1, k x k, 1x1) or 4 (1x1, k x 1, 1 x k, 1x1), got {factors!r}."
-        )
 
 
 @register_layer
@@ -183,7 +89,7 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
-        _check_factors(factors)
+        check_factors(factors)
         self.factors: Factors = factors
         limit = cp_full_rank((out_channels // groups, *self.weight_shape[1:]))
         self.rank: int = check_rank(type(self).__name__, rank, limit)
@@ -235,7 +141,7 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
     @classmethod
     def rank_problem(cls, source: Source, *, factors: Factors = 3, **options: Any) -> RankProblem:
         """Return what rank rules and the planner ask about ``source`` in this format."""
-        return _CPProblem(source, factors)
+        return CPProblem(source, factors)
 
     @classmethod
     def usual_options(cls, layer: nn.Module) -> dict[str, Any]:
@@ -258,7 +164,7 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
         # From a weight of exactly this rank the fit would find its factors only nearly.
         if not weight.is_meta and torch.equal(weight, self.dense_weight()):
             return
-        tensors = _tensors(weight, self.groups, self.factors)
+        tensors = kernel_tensors(weight, self.groups, self.factors)
         if metric is None:
             parts = [cp(tensor, self.rank, epc=epc) for tensor in tensors]
             self._set_factors([torch.stack(factor) for factor in zip(*parts, strict=True)])
@@ -277,7 +183,7 @@ class CPConv2d(LowRankLayer, CompressedConv2d):
         """
         if weight.is_meta:
             return
-        tensors = _tensors(weight, self.groups, self.factors)
+        tensors = kernel_tensors(weight, self.groups, self.factors)
         before, present = self._error(tensors, metric), self._factors()
         found = weighted_cp(tensors.flatten(0, 1), metric, self.rank, start=present, iterations=_REFIT_ITERATIONS)
         self._set_factors(found)

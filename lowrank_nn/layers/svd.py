@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -14,15 +13,13 @@ from lowrank_nn.decompose import (
     Metric,
     truncated_svd,
     weighted_svd,
-    weighted_svd_errors,
     weighted_tucker1,
-    weighted_tucker1_errors,
 )
 from lowrank_nn.errors import OptionError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer
-from lowrank_nn.layers._matrix import MatrixProblem
-from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
+from lowrank_nn.layers._matrix import ConvProblem, LinearProblem, Order, unfold_kernel
+from lowrank_nn.layers._ranks import RankProblem, RankRule, check_rank
 from lowrank_nn.layers._shapes import (
     CompressedConv2d,
     CompressedLinear,
@@ -32,26 +29,6 @@ from lowrank_nn.layers._shapes import (
 )
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages
-
-Order = Literal["spatial_first", "pointwise_first"]
-
-
-class _LinearProblem(MatrixProblem):
-    def table(self, metric: Metric | None = None) -> RankTable:
-        """Return all ranks, with the exact errors."""
-        table = super().table()
-        if metric is None:
-            return table
-        return table._replace(errors=weighted_svd_errors(self.matrices[0], metric).cpu().numpy())
-
-    def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
-        return self.params(*ranks) * positions.batch
-
-    def dense(self, positions: Positions) -> tuple[int, int]:
-        return self.rows * self.columns, self.rows * self.columns * positions.batch
-
-    def typical_positions(self) -> Positions:
-        return Positions()
 
 
 @register_layer
@@ -118,7 +95,7 @@ class SVDLinear(LowRankLayer, CompressedLinear):
     @classmethod
     def rank_problem(cls, source: Source, **options: Any) -> RankProblem:
         """Return what rank rules and the planner ask about ``source`` in this format."""
-        return _LinearProblem(cls.__name__, source.weight[None])
+        return LinearProblem(cls.__name__, source.weight[None])
 
     @torch.no_grad()
     def approximate_(self, weight: Tensor, metric: Metric | None = None) -> None:
@@ -158,48 +135,6 @@ class SVDLinear(LowRankLayer, CompressedLinear):
         """Yield ``reduce`` and ``expand``."""
         yield self.reduce
         yield self.expand
-
-
-class _ConvProblem(MatrixProblem):
-    def __init__(self, source: Source, order: Order) -> None:
-        arguments = source.arguments
-        super().__init__("SVDConv2d", _unfold(source.weight, arguments["groups"], order))
-        self.weight = source.weight
-        self.order = order
-        self.taps = source.weight[0, 0].numel()
-        self.stride: tuple[int, int] = arguments["stride"]
-
-    def table(self, metric: Metric | None = None) -> RankTable:
-        """Return all ranks with their errors: exact, but pointwise first under a metric a few percent too large."""
-        table = super().table()
-        if metric is None:
-            return table
-        closed_form = self.order == "spatial_first" or self.taps == 1
-        errors = (weighted_svd_errors if closed_form else weighted_tucker1_errors)(self.weight, metric)
-        return table._replace(errors=errors[: self.limits[0]].cpu().numpy())
-
-    def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
-        # The second convolution runs on output positions; a leading 1x1 runs on every input position.
-        first = positions.outputs if self.order == "spatial_first" else positions.inputs
-        return np.asarray(ranks[0]) * self.groups * self._weighted(first, positions.outputs)
-
-    def _weighted(self, first: int, second: int) -> int:
-        if self.order == "spatial_first":
-            return self.columns * first + self.rows * second
-        return self.rows * first + self.columns * second
-
-    def dense(self, positions: Positions) -> tuple[int, int]:
-        params = self.groups * self.rows * self.columns
-        return params, params * positions.outputs
-
-    def typical_positions(self) -> Positions:
-        return Positions(1, *self.stride, 1, 1)
-
-
-def _unfold(weight: Tensor, groups: int, order: Order) -> Tensor:
-    """Return the matrix of each group, ``(groups, O/g, I/g K^2)``, or ``(groups, I/g, O/g K^2)`` pointwise first."""
-    blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    return blocks.flatten(2) if order == "spatial_first" else blocks.transpose(1, 2).flatten(2)
 
 
 @register_layer
@@ -309,7 +244,7 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
     @classmethod
     def rank_problem(cls, source: Source, *, order: Order = "spatial_first", **options: Any) -> RankProblem:
         """Return what rank rules and the planner ask about ``source`` in this format."""
-        return _ConvProblem(source, order)
+        return ConvProblem(source, order)
 
     @torch.no_grad()
     def approximate_(self, weight: Tensor, metric: Metric | None = None) -> None:
@@ -321,7 +256,7 @@ class SVDConv2d(LowRankLayer, CompressedConv2d):
         if metric is not None and self.order == "spatial_first":
             self._set_factors(*weighted_svd(weight, metric, self.rank))
             return
-        factors = [truncated_svd(m, self.rank) for m in _unfold(weight, self.groups, self.order)]
+        factors = [truncated_svd(m, self.rank) for m in unfold_kernel(weight, self.groups, self.order)]
         self._set_factors(torch.stack([left for left, _ in factors]), torch.stack([right for _, right in factors]))
         if metric is not None:
             self.refit_(weight, metric)

@@ -5,145 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lowrank_nn.decompose import (
-    Metric,
-    tucker2,
-    tucker2_errors,
-    weighted_svd_errors,
-    weighted_tucker2,
-    weighted_tucker2_errors,
-)
+from lowrank_nn.decompose import Metric, tucker2, weighted_tucker2
 from lowrank_nn.errors import RankError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer, Rank
-from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, aligned, check_rank
+from lowrank_nn.layers._ranks import RankProblem, RankRule, check_rank
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_factors_
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages
+from lowrank_nn.layers._tucker_ranks import TuckerProblem, kernel_blocks, tucker_limits
 
 TuckerRank = tuple[int | None, int | None]
-
-_FRONT_SIZE = 200
-
-
-class _TuckerProblem(RankProblem):
-    """Ranks (out, in) per group; a rank at its limit means that the mode is left whole."""
-
-    def __init__(self, source: Source) -> None:
-        self.name = "TuckerConv2d"
-        self.groups: int = source.arguments["groups"]
-        self.stride: tuple[int, int] = source.arguments["stride"]
-        self.weight = source.weight
-        self.kernels = _blocks(source.weight, self.groups)  # (g, o, i, kh, kw)
-        self.out, self.inn, height, width = self.kernels.shape[1:]
-        self.taps = height * width
-        self.limits = _limits(self.out, self.inn, self.taps)
-
-    def unfoldings(self) -> tuple[Tensor, ...]:
-        return self.kernels.flatten(2), self.kernels.transpose(1, 2).flatten(2)
-
-    def params(self, *ranks: IntArray | int) -> IntArray:
-        reduce, core, expand = self._sizes(*ranks)
-        return reduce + core + expand
-
-    def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
-        reduce, core, expand = self._sizes(*ranks)
-        return reduce * positions.inputs + (core + expand) * positions.outputs
-
-    def _sizes(self, *ranks: IntArray | int) -> tuple[IntArray, IntArray, IntArray]:
-        """Weights in reduce, core and expand of the layer that ``TuckerConv2d.rank_argument`` asks for."""
-        out, inn = np.broadcast_arrays(*ranks)
-        whole_out, whole_in = out == self.limits[0], inn == self.limits[1]
-        lossless = whole_out & whole_in
-        has_expand = np.where(lossless, out <= inn, ~whole_out)
-        has_reduce = np.where(lossless, out > inn, ~whole_in)
-        core_out, core_in = np.where(has_expand, out, self.out), np.where(has_reduce, inn, self.inn)
-        core = self.groups * core_out * core_in * self.taps
-        return self.groups * has_reduce * core_in * self.inn, core, self.groups * has_expand * core_out * self.out
-
-    def dense(self, positions: Positions) -> tuple[int, int]:
-        params = self.kernels.numel()
-        return params, params * positions.outputs
-
-    def typical_positions(self) -> Positions:
-        return Positions(1, *self.stride, 1, 1)
-
-    def table(self, metric: Metric | None = None) -> RankTable:
-        """Return the pairs that no other pair of the grid beats in both error and size, or error and MACs.
-
-        Pairs that save nothing are left out, but for the lossless one at the limits. The errors are those of the fits'
-        starts: a few percent too large. Of a 1 x 1 kernel the input mode is left whole: no pair beats the plain SVD.
-        """
-        grids = [_grid(limit, self.multiple) for limit in self.limits]
-        if self.taps == 1:
-            grids[1] = grids[1][-1:]
-        pairs = np.stack(np.meshgrid(*grids, indexing="ij"), axis=-1).reshape(-1, 2)
-        out, inn = pairs.T
-        positions = self.typical_positions()
-        params, macs = self.params(out, inn), self.macs(positions, out, inn)
-        dense_params, dense_macs = self.dense(positions)
-        small = (params < dense_params) | (macs < dense_macs)
-        errors = np.zeros(len(pairs))
-        if small.any():
-            errors = self._errors(out, inn, metric)
-        fronts = [_front(costs, errors, small) for costs in (params, macs)]
-        # No front holds a pair that the constructor refuses: leaving one of its modes whole is cheaper and better.
-        lossless = np.flatnonzero((out == self.limits[0]) & (inn == self.limits[1]))
-        kept = np.unique(np.concatenate([*fronts, lossless]))
-        return RankTable(pairs[kept], errors[kept])
-
-    def _errors(self, out: IntArray, inn: IntArray, metric: Metric | None) -> NDArray[np.float64]:
-        """Return the squared errors at pairs of ranks."""
-        if metric is None:
-            every = torch.stack([tucker2_errors(kernel) for kernel in self.kernels]).sum(0)
-            row, column = out - 1, inn - 1
-        elif self.taps == 1:
-            every = weighted_svd_errors(self.weight, metric)[:, None]
-            row, column = out - 1, np.zeros_like(inn)
-        else:
-            # A mode at its limit is left whole, and then its rank is its size.
-            row = np.where(out == self.limits[0], self.out, out) - 1
-            in_ranks, column = np.unique(np.where(inn == self.limits[1], self.inn, inn), return_inverse=True)
-            every = weighted_tucker2_errors(self.weight, metric, in_ranks.tolist())
-        errors: NDArray[np.float64] = every.cpu().numpy()[row, column]
-        return errors
-
-
-def _blocks(weight: Tensor, groups: int) -> Tensor:
-    return weight.reshape(groups, -1, *weight.shape[1:])
-
-
-def _limits(out: int, inn: int, taps: int) -> tuple[int, int]:
-    return min(out, inn * taps), min(inn, out * taps)
-
-
-def _grid(limit: int, multiple: int) -> IntArray:
-    """Ranks up to ``limit``: all to 16, then in steps of 2, 4, 8 ... that grow with the rank; and the limit itself.
-
-    With a ``multiple``, only the aligned ones.
-    """
-    ranks = list(range(1, min(limit, 16) + 1))
-    step = 2
-    while ranks[-1] + step <= limit:
-        ranks.append(ranks[-1] + step)
-        step = min(16, max(2, 2 ** (ranks[-1].bit_length() - 4)))
-    grid = np.unique([*ranks, limit])
-    return grid[aligned(grid, limit, multiple)]
-
-
-def _front(costs: IntArray, errors: NDArray[np.float64], among: NDArray[np.bool_]) -> IntArray:
-    """Return the indices of at most 200 pairs, each with less error than all that cost no more."""
-    order = np.lexsort((errors, costs))
-    order = order[among[order]]
-    lowest = np.minimum.accumulate(errors[order])
-    front = order[np.diff(lowest, prepend=np.inf) < 0]
-    return front[np.unique(np.linspace(0, front.size - 1, min(front.size, _FRONT_SIZE)).astype(np.int64))]
 
 
 @register_layer
@@ -239,7 +115,7 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
     @classmethod
     def rank_problem(cls, source: Source, **options: Any) -> RankProblem:
         """Return what rank rules and the planner ask about ``source`` in this format."""
-        return _TuckerProblem(source)
+        return TuckerProblem(source)
 
     @classmethod
     def rank_argument(cls, ranks: tuple[int, ...], limits: tuple[int, ...]) -> Rank:
@@ -264,7 +140,7 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
         """
         if not isinstance(rank, RankRule):
             return rank
-        problem = _TuckerProblem(source)
+        problem = TuckerProblem(source)
         out, inn = rank.choose(problem)
         if out >= inn * problem.taps:
             out = problem.limits[0]
@@ -279,7 +155,7 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
         The 1 x 1 convolutions have orthonormal factors and the core carries the norm. Under a metric the decomposition
         is improved by reduced-rank regression.
         """
-        parts = [tucker2(kernel, self.rank) for kernel in _blocks(weight, self.groups)]
+        parts = [tucker2(kernel, self.rank) for kernel in kernel_blocks(weight, self.groups)]
         out_factors = [part.out_factor for part in parts if part.out_factor is not None]
         in_factors = [part.in_factor for part in parts if part.in_factor is not None]
         core = torch.stack([part.core for part in parts])
@@ -294,7 +170,7 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
     @torch.no_grad()
     def refit_(self, weight: Tensor, metric: Metric) -> None:
         """Search for a better ``reduce`` under ``metric``, from the present one, and set the rest to what suits it."""
-        start = None if self.reduce is None else _blocks(self.reduce.weight.flatten(1), self.groups).mT
+        start = None if self.reduce is None else kernel_blocks(self.reduce.weight.flatten(1), self.groups).mT
         self._set_factors(*weighted_tucker2(weight, metric, self.rank, start=start))
 
     def _set_factors(self, core: Tensor, out_factor: Tensor | None, in_factor: Tensor | None) -> None:
@@ -316,12 +192,12 @@ class TuckerConv2d(LowRankLayer, CompressedConv2d):
 
     def dense_weight(self) -> Tensor:
         """Return the product of the factors, shape ``(out_channels, in_channels / groups, kh, kw)``."""
-        weight = _blocks(self.core.weight, self.groups)  # (g, a, b, h, w)
+        weight = kernel_blocks(self.core.weight, self.groups)  # (g, a, b, h, w)
         if self.reduce is not None:
-            reduce = _blocks(self.reduce.weight.flatten(1), self.groups)  # (g, b, i)
+            reduce = kernel_blocks(self.reduce.weight.flatten(1), self.groups)  # (g, b, i)
             weight = torch.einsum("gabhw,gbi->gaihw", weight, reduce)
         if self.expand is not None:
-            expand = _blocks(self.expand.weight.flatten(1), self.groups)  # (g, o, a)
+            expand = kernel_blocks(self.expand.weight.flatten(1), self.groups)  # (g, o, a)
             weight = torch.einsum("goa,gaihw->goihw", expand, weight)
         return weight.flatten(0, 1)
 
@@ -348,7 +224,7 @@ def _check_ranks(rank: object, weight_shape: tuple[int, int, int, int], groups: 
         )
     out, inn, height, width = weight_shape
     out, taps = out // groups, height * width
-    limits = _limits(out, inn, taps)
+    limits = tucker_limits(out, inn, taps)
     rank_out = None if rank[0] is None else check_rank(name, rank[0], limits[0], "rank_out (rank[0])")
     rank_in = None if rank[1] is None else check_rank(name, rank[1], limits[1], "rank_in (rank[1])")
     if rank_out is not None and rank_in is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lowrank_nn as lnn
-from lowrank_nn.layers.tucker import _TuckerProblem
+from lowrank_nn.layers._tucker_ranks import TuckerProblem
 from lowrank_nn.pipeline import compress, lowrank, state
 from lowrank_nn.planning import Clock
 from tests.fake_timer import FakeTimer
@@ -179,8 +179,8 @@ def test_steps_after_low_rank_are_part_of_a_probe(net):
 
 def test_candidates_are_computed_once(net, monkeypatch):
     calls = []
-    table = _TuckerProblem.table
-    monkeypatch.setattr(_TuckerProblem, "table", lambda self, metric=None: calls.append(1) or table(self, metric))
+    table = TuckerProblem.table
+    monkeypatch.setattr(TuckerProblem, "table", lambda self, metric=None: calls.append(1) or table(self, metric))
     result = search(net, Metric(net), 3.0)
     assert len(result.probes) > 4
     assert len(calls) == 2
