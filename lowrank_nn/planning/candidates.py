@@ -44,9 +44,9 @@ class Candidate:
     compared: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SiteCandidates:
-    """The candidates of one site, the dense layer first, and the reason if there is no other.
+    """The candidates of one site, the dense layer first, and the reason if there is no other; equal only to itself.
 
     Attributes:
         path: The layer's dotted path.
