@@ -20,6 +20,10 @@ def normed(norm):
     return (lambda net, a, b: net.norm(a) + b), {"norm": norm}
 
 
+def rows(x):
+    return x.flatten(2).mT
+
+
 def own(middle, **tensors):
     return middle, tensors
 
@@ -131,6 +135,22 @@ LAYERS = {
             lambda net, a, b: F.scaled_dot_product_attention(*(x.flatten(2).mT[:, None] for x in (a, a, b)), scale=1.0)[
                 :, 0
             ]
+        ),
+        APART,
+    ),
+    "bilinear": (*own(lambda net, a, b: net.both(rows(a), rows(b)), both=nn.Bilinear(8, 8, 5)), {**APART, "both": 5}),
+    "outer product": (
+        *own(lambda net, a, b: rows(a) @ torch.outer(net.u, net.v), u=parameter(8), v=parameter(6)),
+        {**APART, "v": 6},
+    ),
+    "tensordot": (
+        *own(lambda net, a, b: torch.tensordot(rows(a), net.w, dims=1), w=parameter(8, 6)),
+        {**APART, "w": 6},
+    ),
+    "embedding bag": (
+        *own(
+            lambda net, a, b: rows(a) + net.table(torch.arange(32).view(2, 16) % 5)[:, None],
+            table=nn.EmbeddingBag(5, 8),
         ),
         APART,
     ),

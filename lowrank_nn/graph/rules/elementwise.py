@@ -14,6 +14,7 @@ ELEMENTWISE = """
     floor_divide fmax fmin fmod frac ge gelu greater greater_equal gt hardshrink hardsigmoid hardswish hardtanh
     heaviside hypot isclose isfinite isinf isnan isneginf isposinf le leaky_relu lerp less less_equal lgamma log log10
     log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit logsigmoid lt masked_fill
+    bitwise_left_shift bitwise_right_shift erfcx gcd i0 i0e i1 i1e lcm ldexp log_ndtr mvlgamma ndtr nextafter polygamma
     maximum minimum mish mul multiply nan_to_num ne neg negative not_equal positive pow rad2deg reciprocal relu relu6
     remainder round rrelu rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign
     sqrt square sub subtract tan tanh tanhshrink threshold true_divide trunc where xlogy

@@ -52,6 +52,19 @@ rule_for("topk")(_along(2, -1))
 rule_for("sort argsort")(_along(1, -1))
 
 
+@rule_for("tril triu")
+def triangle(call: Call) -> list[Planes]:
+    """Which elements stay is a matter of their numbers along the last two dimensions."""
+    count = len(call.first.shape)
+    return [mix_all(call, call.first, (count - 2, count - 1))]
+
+
+@rule_for("diff")
+def diff(call: Call) -> Outcome | None:
+    """Differences of neighbours; None where others are put around them."""
+    return None if len(call.operands()) > 1 else _along(2, -1)(call)
+
+
 @rule_for("max min")
 def extremum(call: Call) -> Outcome | None:
     """Over dimensions, or of two tensors."""

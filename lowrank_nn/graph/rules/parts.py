@@ -91,6 +91,20 @@ def select(call: Call) -> list[Planes]:
     return moved(call, _read_by_number(call, call.first, normal_dims(dim, len(call.first.shape))))
 
 
+@rule_for("scatter scatter_add scatter_reduce index_add index_copy")
+def scatter(call: Call) -> list[Planes]:
+    """Elements go to positions along a dimension, by number; along the others they meet what stands there."""
+    dim, index = call.argument(1, "dim") % len(call.first.shape), call.argument(2, "index")
+    named = [value for name, value in call.kwargs.items() if name not in ("dim", "index", "input")]
+    written = [call.labels(tensor) for tensor in tensors([call.args[3:], named])]
+    if index.dim() == len(call.first.shape):
+        written.append(call.labels(index))
+    else:
+        _keep_indices(call, index)
+    mixed = [Labels(labels.shape, tuple(mix_all(call, labels, [dim]))) for labels in (call.first, *written)]
+    return [merge(call.units, mixed, call.where)]
+
+
 def _keep_indices(call: Call, indices: Any) -> None:
     for tensor in tensors(indices):
         call.units.freeze(call.labels(tensor).ids(), f"used as an index by {call.where}")

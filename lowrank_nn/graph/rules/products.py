@@ -1,14 +1,15 @@
-"""Sums of products: convolutions, linear layers, matrix products, attention, embeddings."""
+"""Sums of products: convolutions, linear layers, matrix products, comparisons, attention, embeddings."""
 
 from __future__ import annotations
 
 import string
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_nn.graph.labels import Labels, compact, contract, merge, mix, split_dim, support
-from lowrank_nn.graph.rules._call import Call, Planes, aligned, rule_for
+from lowrank_nn.graph.rules._call import RULES, Call, Planes, aligned, rule_for
 from lowrank_nn.graph.rules.mixing import mix_all
 from lowrank_nn.graph.units import OUT
 
@@ -120,6 +121,64 @@ def reversed_matmul(call: Call) -> list[Planes]:
     return [product(call, a, b)]
 
 
+@rule_for("outer ger")
+def outer(call: Call) -> list[Planes]:
+    """C[r, c] = a[r] b[c]."""
+    a, b = call.operands()
+    return [contract(call.units, [(a, "r"), (b, "c")], "rc", call.where)]
+
+
+@rule_for("tensordot")
+def tensordot(call: Call) -> list[Planes]:
+    """Sums over the last dimensions of one tensor and the first of another, or over given ones."""
+    a, b = (call.labels(call.argument(position, name)) for position, name in enumerate("ab"))
+    dims = call.argument(2, "dims", 2)
+    if isinstance(dims, int):
+        dims = range(len(a.shape) - dims, len(a.shape)), range(dims)
+    letters = iter(string.ascii_letters)
+    own = [[next(letters) for _ in labels.shape] for labels in (a, b)]
+    for dim, other in zip(*dims, strict=True):
+        own[1][other] = own[0][dim]
+    first, second = ("".join(one) for one in own)
+    out = "".join(letter for letter in first + second if (letter in first) != (letter in second))
+    weight = 1 if b.constant and not a.constant else 0 if a.constant and not b.constant else None
+    return [contract(call.units, [(a, first), (b, second)], out, call.where, weight)]
+
+
+@rule_for("bilinear")
+def bilinear(call: Call) -> list[Planes]:
+    """y[..., o] = sum_ij x[..., i] w[o, i, j] z[..., j] + b[o]."""
+    names = ("input1", "input2", "weight")
+    x, z, weight = (call.labels(call.argument(position, name)) for position, name in enumerate(names))
+    leading = string.ascii_uppercase[: len(x.shape) - 1]
+    operands = [(x, f"{leading}i"), (z, f"{leading}j"), (weight, "oij")]
+    planes = contract(call.units, operands, f"{leading}o", call.where, weight=2)
+    return with_bias(call, planes, call.argument(3, "bias"), len(leading))
+
+
+@rule_for("cosine_similarity pairwise_distance vecdot")
+def compare(call: Call) -> list[Planes]:
+    """Two tensors are compared along a dimension: what is zero in both does not count."""
+    a, b = call.operands()
+    count = max(len(a.shape), len(b.shape))
+    default = 1 if call.function is F.cosine_similarity else -1
+    dim = default if call.function is F.pairwise_distance else call.argument(2, "dim", default)
+    letters = string.ascii_lowercase[:count]
+    out = letters.replace(letters[dim % count], "")
+    planes = contract(call.units, [(aligned(x, count), letters) for x in (a, b)], out, call.where)
+    same_dims = len(call.shapes[0]) == count
+    return [[plane.unsqueeze(dim % count) for plane in planes] if same_dims else planes]
+
+
+@rule_for("cdist")
+def distances(call: Call) -> list[Planes]:
+    """C[..., r, c] is the distance of a[..., r, :] from b[..., c, :]."""
+    a, b = call.operands()
+    batch = string.ascii_uppercase[: max(len(a.shape), len(b.shape)) - 2]
+    operands = [(x, f"{batch[len(batch) - len(x.shape) + 2 :]}{dim}k") for x, dim in ((a, "r"), (b, "c"))]
+    return [contract(call.units, operands, f"{batch}rc", call.where)]
+
+
 @rule_for("addmm baddbmm addmv")
 def addmm(call: Call) -> list[Planes]:
     """A matrix product, added to another tensor."""
@@ -195,3 +254,6 @@ def embedding(call: Call) -> list[Planes]:
         else:
             mix(call.units, plane, [0, 1], f"{call.where}, which reads by number")
     return [planes]
+
+
+RULES[F.embedding_bag] = embedding
