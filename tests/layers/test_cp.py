@@ -296,6 +296,19 @@ def test_table_under_a_metric_brackets_the_full_fit(factors, groups):
         assert metric.error(layer.weight - full.weight) <= error * 1.1 < 1.1 * metric.error(layer.weight)
 
 
+@pytest.mark.parametrize("seen", [False, True])
+def test_table_ends_at_the_most_terms(seen, monkeypatch):
+    layer = dense_conv(in_channels=16, out_channels=16, kernel_size=3)
+    metric = seen_metric(layer) if seen else None
+    every = problem_of(layer, 3).table(metric)
+    assert every.ranks.max() > 12
+    monkeypatch.setattr("lowrank_nn.layers._cp_ranks._TABLE_TERMS", 12)
+    few = problem_of(layer, 3).table(metric)
+    assert 6 < few.ranks.max() <= 12
+    if seen:  # without data a start is cut out of one of the highest rank
+        assert few.errors == pytest.approx(every.errors[: len(few.errors)])
+
+
 def test_a_kernel_of_few_terms_is_found_under_a_metric():
     layer = dense_conv(in_channels=8, out_channels=10, kernel_size=3)
     generator = torch.Generator().manual_seed(3)
