@@ -11,33 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lowrank_nn.errors import LowRankError, PlanError
 from lowrank_nn.graph.free_norms import follow_inputs
 from lowrank_nn.graph.inputs import call_model, map_tensors, tensors
 from lowrank_nn.graph.preserve import evaluating, seed_all, untouched
+from lowrank_nn.graph.proof_modes import NoDropout, NormaliseKept
 from lowrank_nn.graph.surgery import Cuts, Removal, cut_tensor, cuts_of, masked_units, named_tensors, remove_units
 
 TOLERANCE = 1e-4  # relative to the largest entry of the same tensor
 _ROUNDING = 1e4  # units of rounding, relative to the largest entry of all gradients or buffers
-_DROPOUTS = (
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    torch.dropout,
-    torch.alpha_dropout,
-    torch.feature_dropout,
-    torch.feature_alpha_dropout,
-)
-_LAYER_NORMS = {
-    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
-    F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +154,7 @@ class _Trial:
             return f"without these channels the forward fails {mode}: {_short(error)}"
         finally:
             undo()
-        with masked_units(self._model, removals), _NormaliseKept(self._model, cuts):
+        with masked_units(self._model, removals), NormaliseKept(self._model, cuts):
             expected = [run() for _, run in runs]
         for (mode, _), before, after in zip(runs, expected, got, strict=True):
             problem = _difference(before, after, cuts)
@@ -186,7 +169,7 @@ class _Trial:
             return _Run(_copies(call_model(self._model, self._inputs)), {}, {})
 
     def _train(self, inputs: Any) -> _Run:
-        with untouched(self._model), torch.enable_grad(), _NoDropout():
+        with untouched(self._model), torch.enable_grad(), NoDropout():
             torch.backends.mha.set_fastpath_enabled(False)
             _prepare(self._seed)
             follow_inputs(self._model)
@@ -200,47 +183,6 @@ class _Trial:
             gradients = _gradients(self._model, outputs)
             buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
             return _Run(_copies(outputs), gradients, buffers)
-
-
-class _NoDropout(TorchFunctionMode):
-    """Leaves out what draws one random number per channel, which would differ where there are fewer of these."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
-            args, kwargs = args[:4], {**dict(zip(("dropout_p", "is_causal"), args[4:], strict=False)), **kwargs}
-            kwargs["dropout_p"] = 0.0
-        return func(*args, **kwargs)
-
-
-class _NormaliseKept(TorchFunctionMode):
-    """Has layer norms leave out the channels that are held at zero, and normalise the others alone."""
-
-    def __init__(self, model: nn.Module, cuts: Cuts) -> None:
-        super().__init__()
-        tensors = named_tensors(model)
-        self._cuts = {id(tensors[name]): dims for name, dims in cuts.items()}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = {**dict(zip(_LAYER_NORMS.get(func, ()), args, strict=False)), **(kwargs or {})}
-        dims = self._cuts.get(id(given.get("weight")))
-        if func not in _LAYER_NORMS or not dims:
-            return func(*args, **(kwargs or {}))
-        x, weight = given["input"], given["weight"]
-        inner = {dim + x.dim() - weight.dim(): cut for dim, cut in dims.items()}
-        for name in given.keys() & {"weight", "bias"}:
-            given[name] = None if given[name] is None else cut_tensor(given[name], dims)
-        y = func(**{**given, "input": cut_tensor(x, inner), "normalized_shape": given["weight"].shape})
-        for dim, cut in inner.items():
-            zeros = y.new_zeros((*y.shape[:dim], cut.size, *y.shape[dim + 1 :]))
-            y = zeros.index_copy(dim, torch.tensor(cut.kept, device=y.device), y)
-        return y
 
 
 def _widest(model: nn.Module, example_inputs: Any, seed: int) -> tuple[nn.Module, Any]:

@@ -202,7 +202,7 @@ class Normalised(nn.Module):
 
     def forward(self, x):
         x = self.first(x)
-        y = F.layer_norm(x, x.shape[-1:], self.norm.weight * 1) if self.scaled else self.norm(x)
+        y = torch.layer_norm(x, x.shape[-1:], self.norm.weight * 1) if self.scaled else self.norm(x)
         return self.last(y)
 
 
