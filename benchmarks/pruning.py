@@ -4,7 +4,8 @@ python benchmarks/pruning.py --data DIR --weights DIR/weights/cifar10_resnet56.s
 python benchmarks/pruning.py --data DIR --weights DIR/weights/cifar10_resnet20.safetensors --images 500
 
 DIR holds ``cifar-10-batches-py`` as torchvision downloads it. Rows on data see ``--images`` training images without
-augmentation; only the Taylor criterion sees their labels. Accuracy is that on test images.
+augmentation; only the Taylor criterion sees their labels. Accuracy is that on test images. With ``--speed`` also how
+many times as fast as the dense network each runs at these batch sizes, in turn with it (medians of 25).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lowrank_nn as lnn
+from lowrank_nn.cost import compare_speed
 
 Recipe = list[lnn.Step]
 
@@ -46,6 +49,15 @@ class Study:
     def accuracy(self, model: nn.Module) -> float:
         """Return the accuracy on the test images in percent."""
         return accuracy(model, self.images, self.labels)
+
+    def describe(self, result: lnn.Result, sizes: list[int]) -> str:
+        """Return accuracy, parameters left, and speed-ups at the batch sizes."""
+        parts = [f"{100 / result.report.compression_rate['params']:.0f} %"]
+        for batch in (self.images[:size] for size in sizes):
+            with torch.inference_mode():
+                timing = compare_speed(partial(self.dense, batch), partial(result.model, batch), rounds=25)
+            parts.append(f"{timing.ratio:.2f}x")
+        return f"{self.accuracy(result.model):.2f} ({', '.join(parts)})"
 
     def filters(self, criterion: str, *, reconstruct: bool, amount: float | None = None) -> lnn.Step:
         """Return the step that removes filters."""
@@ -89,13 +101,16 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="rows wanted, by their beginning; all if left out")
     parser.add_argument("--images", type=int, default=2000, help="training images seen")
     parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument("--speed", type=int, nargs="+", default=[], metavar="BATCH", help="batch sizes to time")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     study = Study(arguments)
     print(
         f"{arguments.weights.stem}, dense {study.accuracy(study.dense):.2f} %, {len(study.labels)} test images, "
         f"{arguments.images} training images, seed {arguments.seed}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads. Accuracy in percent (params left).\n",
+        f"{torch.get_num_threads()} threads. Accuracy in percent (params left"
+        + "".join(f", times as fast at batch {size}" for size in arguments.speed)
+        + ").\n",
         flush=True,
     )
     head = ["method", *(f"{t:g}x fewer MACs" for t in arguments.times), "seconds"]
@@ -109,8 +124,7 @@ def main() -> None:
             study.dense, study.images[:2], budgets, recipe(), calibration=study.calibration, seed=study.seed
         ):
             seconds += time.perf_counter() - start
-            left = 100 / result.report.compression_rate["params"]
-            cells.append(f"{study.accuracy(result.model):.2f} ({left:.0f} %)")
+            cells.append(study.describe(result, arguments.speed))
             start = time.perf_counter()
         print(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |", flush=True)
 
