@@ -41,7 +41,7 @@ class Kernel:
 
     def __call__(self, layer: IntegerLayer, x: Tensor) -> Tensor:
         """Compute ``layer`` on ``x``, or return a tensor that can be computed, where the layer is ``chained``."""
-        if self._geometry is not None and len(x.source.shape if isinstance(x, Deferred) else x.shape) == 3:
+        if self._geometry is not None and len(known_shape(x)) == 3:
             return self(layer, x.unsqueeze(0)).squeeze(0)
         codes, shape, channels_last = self.codes_of(x)
         return self.output(layer, codes, shape, channels_last)
@@ -66,6 +66,11 @@ class Kernel:
         if layer.chained and not torch._C._len_torch_function_stack():
             return Deferred(product)
         return computed(product)
+
+
+def known_shape(x: Tensor) -> tuple[int, ...]:
+    """Return the shape of an input; a deferred one is asked without going through torch."""
+    return x.source.shape if type(x) is Deferred else x.shape
 
 
 def kernel_for(layer: IntegerLayer, x: Tensor) -> Kernel | None:

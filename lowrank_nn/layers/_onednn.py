@@ -90,7 +90,8 @@ class PackedWeight:
         self._packed: Tensor | None = None
         if geometry is not None:
             left, right, top, bottom = geometry.pads
-            inside = grid.zero_point == 0 and geometry.mode == "constant" and left == right >= 0 and top == bottom >= 0
+            zeros = grid.zero_point == 0 and geometry.mode == "constant" and left == right >= 0 and top == bottom >= 0
+            inside = zeros or not any(geometry.pads)
             self._pads = None if inside else geometry.pads
             padding = [top, left] if inside else [0, 0]
             # The list arguments of the operators, made once.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lowrank_nn.layers._integer import IntegerLayer
-from lowrank_nn.layers._kernel import Kernel, kernel_for
+from lowrank_nn.layers._kernel import Kernel, kernel_for, known_shape
 
 
 def run_stages(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -38,15 +38,19 @@ def run_stages(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def _kernels(stages: Sequence[nn.Module], x: Tensor) -> list[Kernel]:
     """Return the kernels of ``stages``; none where the layers have to be called."""
-    layers = [stage for stage in stages if isinstance(stage, IntegerLayer)]
-    if len(layers) < len(stages) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or len(known_shape(x)) != 4:
         return []
-    if not all(layer.chained for layer in layers[:-1]) or any(map(_is_watched, layers)):
+    if torch._C._len_torch_function_stack() or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return []
-    if x.dim() != 4 or torch._C._len_torch_function_stack() or _has_any_global_hook():  # type: ignore[no-untyped-call]
-        return []
-    kernels = [kernel for kernel in (kernel_for(layer, x) for layer in layers) if kernel is not None]
-    return kernels if len(kernels) == len(layers) else []
+    kernels = []
+    for stage in stages:
+        if not isinstance(stage, IntegerLayer) or _is_watched(stage):
+            return []
+        kernel = kernel_for(stage, x)
+        if kernel is None or not (stage.chained or stage is stages[-1]):
+            return []
+        kernels.append(kernel)
+    return kernels
 
 
 def _is_watched(layer: nn.Module) -> bool:

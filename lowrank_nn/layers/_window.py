@@ -147,6 +147,8 @@ def pad_and_crop(x: Tensor, pads: Pads, mode: str, value: int | None = None) -> 
     grow = [max(p, 0) for p in pads]
     if any(grow):
         x = F.pad(x, grow, mode=mode, value=value if mode == "constant" else None)
+    if min(pads) >= 0:
+        return x
     left, right, top, bottom = (max(-p, 0) for p in pads)
     # narrow() refuses a negative length, which an input smaller than the kernel gives; slices would wrap around.
     return x.narrow(-2, top, x.shape[-2] - top - bottom).narrow(-1, left, x.shape[-1] - left - right)
