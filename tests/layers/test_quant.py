@@ -1,145 +1,18 @@
-"""QuantConv2d and QuantLinear: integers that compute the same as floats, training on the grid, zeros that stay."""
+"""Quantized layers: the nearest numbers on the grid, pruned sources, rounding on data, and what is refused."""
 
-import copy
-import json
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.datasets import load_digits
 from torch import nn
 
 from lowrank_nn.errors import CalibrationError, OptionError, UnsupportedLayerError
 from lowrank_nn.layers import PrunedConv2d, PrunedLinear, QuantConv2d, QuantLinear, SVDLinear
-from tests.layers.geometries import AWKWARD, convolutions, dense_conv
+from tests.layers.geometries import convolutions, dense_conv
 from tests.layers.metrics import random_metric
-
-SCHEMES = ["symmetric", "affine"]
-schemes, bit_counts = st.sampled_from(SCHEMES), st.integers(2, 8)
-
-
-def randn(*shape, seed=1, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def dense_linear(in_features=12, out_features=9, dtype=torch.float64, seed=0):
-    layer = nn.Linear(in_features, out_features, device="meta", dtype=dtype).to_empty(device="cpu")
-    with torch.no_grad():
-        layer.weight.copy_(randn(out_features, in_features, seed=seed))
-        layer.bias.copy_(randn(out_features, seed=seed + 1))
-    return layer
-
-
-def pruned(layer, how):
-    """The layer with an element mask, as a window, or as a window with a mask in it."""
-    cls = PrunedConv2d if isinstance(layer, nn.Conv2d) else PrunedLinear
-    if how in ("window", "window and mask"):
-        layer = cls.from_pretrained_layer(layer, sparsity=1 / 3, granularity="window")
-    if how in ("mask", "window and mask"):
-        layer = cls.from_pretrained_layer(layer, sparsity=0.6)
-    return layer
-
-
-# --- The integer reference ----------------------------------------------------------------------------------------
-
-
-def centred(layer, x):
-    """The integers of input and dense weight minus their zero points, in float64, from the definition."""
-    scale, zero = layer.input_scale.double(), layer.input_zero_point.double()
-    top = 2**layer.activation_bits - 1
-    x_codes = (torch.round(x.double() / scale) + zero).clamp(0, top) - zero
-    weight = layer.dense_weight().detach().double()
-    scales = layer.weight_scale.double().reshape(-1, *(1,) * (weight.dim() - 1))
-    return x_codes, torch.round(weight / scales)
-
-
-def assert_integers_agree(layer, x, convolve):
-    x_codes, w_codes = centred(layer, x)
-    sums = layer.integer_accumulators(x)
-    assert sums.dtype == torch.int32
-    # Padding zeros of the centred input is padding with the zero point.
-    assert torch.equal(sums.double(), convolve(x_codes, w_codes))
-    torch.testing.assert_close(layer.integer_forward(x), layer(x).detach(), rtol=1e-9, atol=1e-9)
-
-
-def convolve_like(layer):
-    def convolve(x, weight):
-        dense = nn.Conv2d(**layer.dense_arguments() | {"bias": False}, device="meta", dtype=torch.float64)
-        return torch.func.functional_call(dense, {"weight": weight}, (x,))
-
-    return convolve
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@given(convolutions(), bit_counts, bit_counts, schemes, st.sampled_from(["dense", "mask", "window", "window and mask"]))
-def test_integer_convolution_is_exact(drawn, bits, activation_bits, scheme, how):
-    dense, shape = drawn
-    if how.startswith("window") and dense.weight[0, 0].numel() < 2:
-        how = "mask"
-    x = randn(*shape)
-    layer = QuantConv2d.from_pretrained_layer(
-        pruned(dense, how), bits=bits, scheme=scheme, activation_bits=activation_bits, inputs=x[..., 1:, 1:] + 0.3
-    )
-    assert_integers_agree(layer, x, convolve_like(layer))
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize("geometry", AWKWARD.values(), ids=AWKWARD)
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_integer_convolution_on_awkward_geometries(geometry, scheme):
-    dense, x = dense_conv(**geometry), randn(2, 4, 11, 9)
-    layer = QuantConv2d.from_pretrained_layer(dense, scheme=scheme, activation_bits=8, inputs=x + 1)
-    assert int(layer.input_zero_point) not in (0, 255)
-    assert_integers_agree(layer, x, convolve_like(layer))
-    assert_integers_agree(layer, x[0], convolve_like(layer))
-
-
-@given(
-    st.sampled_from([(12,), (5, 12), (2, 3, 12), (0, 12)]),
-    bit_counts,
-    bit_counts,
-    schemes,
-    st.sampled_from(["dense", "mask"]),
-)
-def test_integer_linear_is_exact(shape, bits, activation_bits, scheme, how):
-    options = {"bits": bits, "scheme": scheme, "activation_bits": activation_bits, "input_range": (-1.5, 2)}
-    layer = QuantLinear.from_pretrained_layer(pruned(dense_linear(), how), **options)
-    assert_integers_agree(layer, randn(*shape), F.linear)
-
-
-def test_integer_forward_follows_the_trained_weight_before_freezing():
-    layer = QuantLinear.from_pretrained_layer(dense_linear(), activation_bits=8, input_range=(-3, 3), frozen=False)
-    x = randn(5, 12)
-    with torch.no_grad():
-        layer.latent.mul_(3)
-    torch.testing.assert_close(layer.integer_forward(x), layer(x).detach(), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_integer_forward_keeps_the_dtype_and_is_forward_up_to_its_rounding(dtype):
-    x = randn(2, 4, 7, 7).to(dtype)
-    dense = dense_conv(kernel_size=3, padding=1, dtype=dtype)
-    layer = QuantConv2d.from_pretrained_layer(dense, activation_bits=8, inputs=x)
-    y, expected = layer.integer_forward(x), layer(x).detach()
-    assert y.dtype == expected.dtype == dtype
-    tolerance = 20 * torch.finfo(dtype).eps
-    assert float((y.float() - expected.float()).norm()) <= tolerance * float(expected.float().norm())
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_integers_on_cuda_are_those_on_the_cpu(scheme):
-    x = randn(2, 4, 11, 9, dtype=torch.float32)
-    dense = dense_conv(kernel_size=3, padding=1, groups=2, dtype=torch.float32)
-    layer = QuantConv2d.from_pretrained_layer(dense, scheme=scheme, activation_bits=8, inputs=x)
-    expected = layer.integer_accumulators(x)
-    assert torch.equal(layer.cuda().integer_accumulators(x.cuda()).cpu(), expected)
-
-
-# --- The grid -----------------------------------------------------------------------------------------------------
+from tests.layers.quantizing import SCHEMES, bit_counts, dense_linear, pruned, randn, schemes, train
 
 
 @given(bit_counts, schemes, st.booleans())
@@ -223,135 +96,6 @@ def test_clipping_an_outlier_serves_the_others_better(observer):
     assert errors[observer] < 0.5 * errors["minmax"]
 
 
-# --- Two states ---------------------------------------------------------------------------------------------------
-
-
-def quantized_layers(**options):
-    x = randn(2, 4, 6, 6, dtype=torch.float32)
-    conv = dense_conv(kernel_size=3, padding=1, dtype=torch.float32)
-    for how in ("dense", "mask", "window and mask"):
-        for scheme in SCHEMES:
-            yield QuantConv2d.from_pretrained_layer(pruned(conv, how), scheme=scheme, **options), x
-    linear = dense_linear(dtype=torch.float32)
-    yield QuantLinear.from_pretrained_layer(pruned(linear, "mask"), **options), randn(5, 12, dtype=torch.float32)
-
-
-def train(layer, x, steps=4):
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, weight_decay=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        layer(x).square().sum().backward()
-        optimizer.step()
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_freezing_and_unfreezing_change_nothing_that_is_computed(bits):
-    for layer, x in quantized_layers(bits=bits, activation_bits=8, input_range=(-2, 2), frozen=False):
-        train(layer, x)
-        expected, keys = layer(x).detach(), [name for name, _ in layer.named_parameters()]
-        assert layer.freeze() is layer
-        assert layer.config()["frozen"] is True
-        assert torch.equal(layer(x), expected)
-        assert layer.unfreeze() is layer
-        assert layer.config()["frozen"] is False
-        assert [name for name, _ in layer.named_parameters()] == keys
-        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-        assert layer.latent.requires_grad
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_both_states_are_rebuilt_from_config_and_state_dict(frozen):
-    for layer, x in quantized_layers(bits=4, activation_bits=6, input_range=(-2, 1), frozen=frozen):
-        twin = type(layer)(**json.loads(json.dumps(layer.config())))
-        twin.load_state_dict(layer.state_dict())
-        assert torch.equal(twin(x), layer(x))
-        assert torch.equal(copy.deepcopy(layer)(x), layer(x))
-        state = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
-        shadow = type(layer)(**layer.config(), device="meta")
-        assert {name: tuple(tensor.shape) for name, tensor in shadow.state_dict().items()} == state
-        assert shadow.cost(x.shape) == layer.cost(x.shape)
-        assert shadow.freeze().config() == twin.freeze().config()
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_gradients_are_those_of_the_rounded_layer_straight_through(scheme):
-    dense, x = dense_conv(kernel_size=3, padding=1), randn(2, 4, 6, 6).requires_grad_()
-    options = {"bits": 3, "scheme": scheme, "activation_bits": 4, "input_range": (-1, 1), "frozen": False}
-    layer = QuantConv2d.from_pretrained_layer(dense, **options)
-    weight = layer.dense_weight().detach().requires_grad_()
-    step = float(layer.input_scale)
-    inside = (torch.round(x / step) + int(layer.input_zero_point)).clamp(0, 15) - int(layer.input_zero_point)
-    rounded = (inside * step).detach().requires_grad_()
-    F.conv2d(rounded, weight, dense.bias, padding=1).square().sum().backward()
-    layer(x).square().sum().backward()
-    # Rounding is the identity; no weight lies outside the range that is taken from the weights.
-    torch.testing.assert_close(layer.latent.grad, weight.grad, rtol=1e-9, atol=1e-9)
-    clipped = inside != torch.round(x / step)
-    assert bool(clipped.any())
-    torch.testing.assert_close(x.grad, torch.where(clipped, 0, rounded.grad), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_training_on_the_grid_beats_rounding(bits, scheme):
-    # Inputs in a space of three dims leave the twelve weights of an output room to round together.
-    teacher, x = dense_linear(), randn(200, 3, seed=5) @ randn(3, 12, seed=6)
-    target = teacher(x).detach()
-    layer = QuantLinear.from_pretrained_layer(teacher, bits=bits, scheme=scheme, frozen=False)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.003)
-    losses = []
-    for _ in range(200):
-        optimizer.zero_grad()
-        loss = (layer(x) - target).square().mean()
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-    assert min(losses) < 0.5 * losses[0]
-    expected = layer(x).detach()
-    assert torch.equal(layer.freeze()(x), expected)
-    assert len(layer.weight_int.unique()) <= 2**bits
-
-
-def test_two_bit_layers_learn_digits_where_rounding_fails():
-    data = load_digits()
-    x, labels = torch.from_numpy(data.data).float() / 16, torch.from_numpy(data.target)
-
-    def accuracy():
-        return float((model(x[1200:]).argmax(1) == labels[1200:]).float().mean())
-
-    def fit(rate):
-        optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-        for _ in range(150):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[:1200]), labels[:1200]).backward()
-            optimizer.step()
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    fit(0.005)
-    dense = accuracy()
-    with torch.no_grad():
-        hidden = model[:2](x[:1200])
-    for index, inputs in ((0, x), (2, hidden)):
-        options = {"bits": 2, "activation_bits": 4, "inputs": inputs, "frozen": False}
-        model[index] = QuantLinear.from_pretrained_layer(model[index], **options)
-    rounded = accuracy()
-    fit(0.002)
-    trained = accuracy()
-    assert dense > 0.88
-    assert rounded < dense - 0.1
-    assert trained > dense - 0.03
-    expected = model(x).detach()
-    for index in (0, 2):
-        model[index].freeze()
-    assert torch.equal(model(x), expected)
-    torch.testing.assert_close(model[0].integer_forward(x), model[0](x).detach(), rtol=1e-5, atol=1e-5)
-
-
-# --- Pruned sources -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("how", ["mask", "window", "window and mask"])
@@ -405,8 +149,6 @@ def test_from_scratch_with_a_mask_keeps_the_number_asked_for():
     assert int(layer.mask.sum()) == 50
     assert int((layer.dense_weight() != 0).sum()) <= 50
 
-
-# --- Errors -------------------------------------------------------------------------------------------------------
 
 BAD_CALLS = [
     ({"bits": 1}, OptionError, "QuantLinear: bits must be a whole number from 2 to 8, got 1"),
