@@ -40,6 +40,15 @@ def test_all_aliases_get_the_same_object(path):
     assert len(record(model, inputs)["block1.conv"].calls) == 2
 
 
+def test_a_module_may_hold_a_layer_under_several_names():
+    layer, new = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer, nn.Sequential(layer))
+    model.again = layer
+    replace_module(model, "2", new)
+    assert model[0] is model[2] is model[3][0] is model.again is new
+    assert all(module is not layer for module in model.modules())
+
+
 def test_the_root_may_be_replaced():
     layer = nn.Linear(6, 5).eval()
     new = full_rank(layer).train()
