@@ -1,10 +1,11 @@
-"""What a low-rank step learns from calibration data, and how it carries its decisions out with it."""
+"""What a step learns from calibration data, and how it carries its decisions out with it."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,29 +51,42 @@ def gather(state: State, model: nn.Module, paths: Sequence[str], *, curvature: b
     return Evidence(metrics, find_links(model, state.example_inputs))
 
 
-def carry_out(state: State, decisions: Sequence[Decision], evidence: Evidence, *, sequential: bool) -> None:
+def carry_out(
+    step: str,
+    state: State,
+    decisions: Sequence[Decision],
+    evidence: Evidence,
+    *,
+    data: Mapping[str, dict[str, Any]] | None = None,
+    sequential: bool,
+) -> None:
     """Replace layers as decided, each fitted to what the data show, and correct what that does to mean outputs.
 
     Args:
+        step: Name of the step, for progress bars and remarks.
         state: The model on its way; changed.
         decisions: What becomes of each layer.
         evidence: Gathered from the model as it is before.
+        data: By path, what else the layers are built with that was measured.
         sequential: Whether to fit all layers once more, in the order of execution, to what the compressed layers
-            before them make of the data.
+            before them make of the data; factors of a low-rank layer are not.
     """
     replaced = [decision for decision in decisions if decision.layer_class is not None]
     before = copy.deepcopy(state.model) if changed_since_given(state) else state.dense
-    for decision in state.watch(replaced, "LowRank: fits"):
+    for decision in state.watch(replaced, f"{step}: fits"):
         metric = evidence.metric(decision.path)
         layer = state.model.get_submodule(decision.path)
-        state.replace(decision.path, build(decision, layer, {} if metric is None else {"metric": metric}))
+        measured = (data or {}).get(decision.path, {})
+        fitted = {} if metric is None else {"metric": metric}
+        state.replace(decision.path, build(decision, layer, measured | fitted))
     paths = [decision.path for decision in replaced]
     for path in paths:
         _correct_mean(state.model, before, path, evidence)
     if sequential:
-        notes = _reconstruct(state, before, paths, evidence)
+        factors = {site.path for site in state.sites() if site.inside is not None}
+        notes = _reconstruct(state, before, [path for path in paths if path not in factors], evidence)
         for path, note in notes.items():
-            state.remark(path, f"LowRank: {note}")
+            state.remark(path, f"{step}: {note}")
 
 
 def _reconstruct(state: State, before: nn.Module, paths: Sequence[str], evidence: Evidence) -> dict[str, str]:

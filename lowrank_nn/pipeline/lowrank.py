@@ -139,7 +139,7 @@ class LowRank(Step):
             evidence = gather(state, state.model, paths, curvature=self.curvature)
         else:
             evidence = self._evidence(state)
-        carry_out(state, decisions, evidence, sequential=self.reconstruct)
+        carry_out("LowRank", state, decisions, evidence, sequential=self.reconstruct)
 
     def _uses_data(self, state: State) -> bool:
         """Whether the calibration data play a part.
@@ -158,7 +158,7 @@ class LowRank(Step):
     def _evidence(self, state: State) -> Evidence:
         """Return what the data say about the given model, or what is left of it; computed once."""
         model, recording = state.base
-        key: Any = (Evidence, self.curvature, id(model))  # models in the cache are kept
+        key: Any = (Evidence, self.curvature, model)
         if key not in state.cache:
             layers = [site for site in recording.sites if site.inside is None and not refusal(site)]
             paths = [site.path for site in layers if isinstance(site.layer, (nn.Conv2d, nn.Linear))]
@@ -223,7 +223,7 @@ class LowRank(Step):
     def _timed(self, state: State, clock: Clock, tables: list[SiteCandidates], budget: Budget) -> list[SiteCandidates]:
         """Return the tables with what the clock says now; before the first time, all layers are timed in place."""
         open_tables = [table for table in tables if table.candidates]
-        key: Any = (TimedCandidates, *map(id, open_tables))  # the cache keeps them
+        key: Any = (TimedCandidates, *open_tables)
         if key not in state.cache:
             state.cache[key] = timed = TimedCandidates(open_tables, state.recording(), clock, state.base)
             timed.measure(state.watch(timed.probes(), "LowRank: timing"))
@@ -238,7 +238,7 @@ class LowRank(Step):
             return SiteCandidates(site.path, [], f"it is a {type(site.layer).__name__} already: put LowRank first")
         metric = self._evidence(state).metric(site.path) if self._uses_data(state) else None
         width = 1 if state.clock is None else state.clock.vector_width
-        key: Any = (LowRank, id(state.base[0]), site.path, *self._kind(), metric is not None, self.curvature, width)
+        key: Any = (LowRank, state.base[0], site.path, *self._kind(), metric is not None, self.curvature, width)
         if key not in state.cache:
             multiple = math.lcm(width, self.multiple_of)
             table = self._rule().candidates(site, state.weights_of(site), classes, metric, multiple=multiple)

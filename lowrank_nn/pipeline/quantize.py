@@ -14,6 +14,7 @@ from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._kernel import obstacle
 from lowrank_nn.layers.bfloat16 import BFloat16Layer, bfloat16_obstacle
 from lowrank_nn.pipeline.apply import class_for, decide_layer
+from lowrank_nn.pipeline.evidence import carry_out, gather
 from lowrank_nn.pipeline.fastest import slower_layers
 from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State, Step
@@ -33,6 +34,12 @@ class Quantize(Step):
     outputs on as integers (:func:`lowrank_nn.chain_quantized`); the report says which layers cannot. Fold batch
     normalisations first (``FoldBatchNorm``): one that stands between layers is computed in floating point.
 
+    With calibration data, weights of fewer than 8 bits are not rounded one by one: scales are chosen and weights
+    rounded so that the layer's outputs change little on these data, what one weight is off by being made up for by
+    others, and the change of the mean output is taken up by the bias, or the running mean of the norm behind. Then all
+    layers (not the factors of low-rank ones) are rounded once more in the order of execution, each to give what the
+    given network gave, out of what the quantized layers before it produce.
+
     Args:
         weights: ``"int2"`` to ``"int8"``; or ``"bf16"``, which takes no other option but ``where`` and ``but_not``:
             half the bytes, and products in bfloat16 where the CPU has them, which needs no calibration.
@@ -42,12 +49,21 @@ class Quantize(Step):
         observer: How a range is chosen from what was measured: ``"minmax"``, ``"percentile"`` or ``"mse"``.
         keep_fastest: Whether layers stay in floating point that are timed and found slower in integers. Costs some
             seconds, and bytes where layers stay.
+        data_aware: Whether to round weights by what that does on the calibration data; if left out, where there are
+            some and weights get fewer than 8 bits: the nearest numbers lose next to nothing with 8.
+        reconstruct: Whether to round the layers once more in the order of execution, where data have a say. Holds the
+            activations of all calibration data at one point of the given and of the quantized network in memory.
         where: Shell patterns on dotted paths of the layers wanted.
         but_not: Shell patterns of the layers to leave as they are.
 
     Raises:
         OptionError: ``weights`` or ``activations`` is not one of those names, or ``keep_fastest`` is set without
             ``activations``, or another option with ``"bf16"``.
+
+    References:
+        Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization"; Frantar et al. 2022, "GPTQ:
+        Accurate Post-Training Quantization for Generative Pre-trained Transformers" (rounding on data). Nagel et al.
+        2019, "Data-Free Quantization Through Weight Equalization and Bias Correction" (bias).
     """
 
     def __init__(
@@ -58,15 +74,18 @@ class Quantize(Step):
         scheme: str = "symmetric",
         observer: str = "minmax",
         keep_fastest: bool = False,
+        data_aware: bool | None = None,
+        reconstruct: bool = True,
         where: Patterns = "*",
         but_not: Patterns = (),
     ) -> None:
         self.weights = weights
         integers = weights != "bf16"
-        if not integers and (activations, scheme, observer, keep_fastest) != (None, "symmetric", "minmax", False):
+        given = (activations, scheme, observer, keep_fastest, data_aware, reconstruct)
+        if not integers and given != (None, "symmetric", "minmax", False, None, True):
             raise OptionError(
-                "Quantize: 'bf16' takes no activations, scheme, observer or keep_fastest: inputs are rounded as they "
-                "are. Leave them out."
+                "Quantize: 'bf16' takes no option but where and but_not: numbers are rounded as they are. Leave the "
+                "others out."
             )
         self.bits = _bits("weights", weights) if integers else 16
         self.activation_bits = None if activations is None else _bits("activations", activations)
@@ -76,6 +95,7 @@ class Quantize(Step):
                 "integers never run faster. Pass activations='int8' as well."
             )
         self.scheme, self.observer, self.keep_fastest = scheme, observer, keep_fastest
+        self.data_aware, self.reconstruct = data_aware, reconstruct
         self.where, self.but_not = where, but_not
 
     def __repr__(self) -> str:
@@ -115,7 +135,10 @@ class Quantize(Step):
 
     def execute(self, state: State, decisions: list[Decision]) -> None:
         """Replace the layers as decided, and let them hand integers to each other."""
-        super().execute(state, decisions)
+        if state.dry or not self._rounds_on_data(state):
+            super().execute(state, decisions)
+        else:
+            self._round_on_data(state, decisions)
         if state.dry:
             return
         if self.activation_bits is not None:
@@ -124,6 +147,26 @@ class Quantize(Step):
             reason = _obstacle(state.model.get_submodule(decision.path))
             if reason:
                 state.remark(decision.path, f"Quantize: simulated in floating point: {reason}")
+
+    def _rounds_on_data(self, state: State) -> bool:
+        """Whether the calibration data have a say in how weights are rounded.
+
+        Raises:
+            CalibrationError: They must, and there are none.
+        """
+        if self.data_aware and state.calibration is None:
+            raise CalibrationError(
+                "Quantize: data_aware needs calibration batches. Pass compress_model(..., calibration=batches)."
+            )
+        if self.data_aware is None:
+            return state.calibration is not None and self.bits < 8
+        return self.data_aware
+
+    def _round_on_data(self, state: State, decisions: list[Decision]) -> None:
+        replaced = [decision for decision in decisions if decision.layer_class is not None]
+        data = self.measure(state, replaced)
+        evidence = gather(state, state.model, [decision.path for decision in replaced], curvature=False)
+        carry_out("Quantize", state, replaced, evidence, data=data, sequential=self.reconstruct)
 
     def measure(self, state: State, decisions: list[Decision]) -> dict[str, dict[str, Any]]:
         """Return the ranges of each layer to be quantized, measured on the calibration batches."""

@@ -15,13 +15,14 @@ from lowrank_nn.errors import CalibrationError, LowRankError
 from lowrank_nn.graph import Link
 from lowrank_nn.graph.lockstep import Pair, run_in_lockstep
 from lowrank_nn.layers import CompressedLayer, LowRankLayer, layer_output_shape
+from lowrank_nn.layers._quantized import QuantLayer
 from lowrank_nn.planning.calibration import model_inputs
 from lowrank_nn.planning.regression import RIDGES, MomentSums, choose_ridge
 
 MAX_FEATURES = 5000
 LEAST_SCALE = 1e-2
 
-Refittable = LowRankLayer | nn.Conv2d | nn.Linear
+Refittable = LowRankLayer | QuantLayer | nn.Conv2d | nn.Linear
 
 
 def reconstruct(
@@ -43,14 +44,14 @@ def reconstruct(
 
     .. math:: W^* = W + (D - W C)(C + \epsilon)^{-1}, \quad C = \operatorname{Cov}(u), \; D = \operatorname{Cov}(t, u)
 
-    The layer takes it; the factors of a low-rank layer are fitted to it, from those it has, under the metric of C and
-    of the network's curvature H in the layer's output. The least squares are damped towards the trained weight W (of a
-    layer that lost channels: what is left of it), as much as is best for the fourth of the images held out for that.
-    So a layer whose inputs were removed makes up for them by those it still has. The refit is kept only if
-    it lowers the error :math:`E (t - \hat W u)^T H (t - \hat W u)`. Then the bias, or else the running mean of the
-    normalisation behind the layer, is set so that the mean output is that of the original; where there is neither,
-    the moments are taken about zero. The target of a layer whose branch ends in an addition also has what the other
-    side of the addition has lost by then, so that the sum is repaired.
+    The layer takes it; the factors of a low-rank layer are fitted to it, from those it has, and a quantized weight is
+    rounded to it, under the metric of C and of the network's curvature H in the layer's output. The least squares are
+    damped towards the trained weight W (of a layer that lost channels: what is left of it), as much as is best for the
+    fourth of the images held out for that. So a layer whose inputs were removed makes up for them by those it still
+    has. The refit is kept only if it lowers the error :math:`E (t - \hat W u)^T H (t - \hat W u)`. Then the bias, or
+    else the running mean of the normalisation behind the layer, is set so that the mean output is that of the original;
+    where there is neither, the moments are taken about zero. The target of a layer whose branch ends in an addition
+    also has what the other side of the addition has lost by then, so that the sum is repaired.
 
     Memory: that of :func:`lowrank_nn.graph.lockstep.run_in_lockstep`, the activations of all batches at one layer in
     both networks; and 16 p (p + o) bytes for the moments of a layer of p inputs per patch and o outputs (per group).
@@ -58,8 +59,8 @@ def reconstruct(
 
     Args:
         dense: The original network; not changed.
-        small: A copy of it in which the layers at ``paths`` are low-rank, or lost channels; these, and running means
-            behind them, are changed in place. After an error or an interrupt it is as far as it got.
+        small: A copy of it in which the layers at ``paths`` are low-rank or quantized, or lost channels; these, and
+            running means behind them, are changed in place. After an error or an interrupt it is as far as it got.
         batches: What ``dense`` is called with, batch by batch; see
             :func:`lowrank_nn.planning.calibration.model_inputs`. A single tensor or dict is one batch.
         paths: Dotted paths of these layers.
@@ -96,12 +97,20 @@ def reconstruct(
             list(task.links),
             visit,
             shortcuts={path: link.shortcut for path, link in task.links.items() if link.shortcut is not None},
-            shared=[small.get_buffer(f"{link.norm}.running_mean") for link in task.links.values() if link.norm],
+            shared=[*_refitted_buffers(small, task.links)],
             seed=seed,
         )
     unseen = {path: "not refitted: no batch reaches it" for path in task.links if path not in task.visited}
     several = {path: "not refitted: not called exactly once in a forward" for path in paths if path not in links}
     return task.notes | unseen | several
+
+
+def _refitted_buffers(small: nn.Module, links: Mapping[str, Link]) -> Iterator[Tensor]:
+    """Yield the buffers that refits change: running means behind layers, integers of quantized layers."""
+    for path, link in links.items():
+        yield from small.get_submodule(path).buffers()
+        if link.norm:
+            yield small.get_buffer(f"{link.norm}.running_mean")
 
 
 class _Task:
@@ -132,7 +141,7 @@ class _Task:
         """Refit the layer at ``path`` to where the runs of both networks stand."""
         self.visited.add(path)
         new = self._small.get_submodule(path)
-        assert isinstance(new, (LowRankLayer, nn.Conv2d, nn.Linear))
+        assert isinstance(new, (LowRankLayer, QuantLayer, nn.Conv2d, nn.Linear))
         layer = _trained(self._dense.get_submodule(path), new)
         features = layer.weight[0].numel()
         sums = MomentSums(layer, self._seed, products=features <= MAX_FEATURES)
@@ -240,12 +249,15 @@ def _refit(
     def gain() -> float:
         return moments.gain(weight, new.weight.double().reshape(weight.shape) - weight, curvature)
 
-    kept, before = [parameter.clone() for parameter in new.parameters()], gain()
+    tensors = [*new.parameters(), *new.buffers()]
+    kept, before = [tensor.clone() for tensor in tensors], gain()
     rounded = best.reshape(new.weight.shape).to(new.weight.dtype)
     if isinstance(new, LowRankLayer):
         new.refit_(rounded, metric)
+    elif isinstance(new, QuantLayer):
+        new.approximate_(rounded, metric)
     else:
         new.weight.copy_(rounded)
     if not gain() > before:
-        for parameter, values in zip(new.parameters(), kept, strict=True):
-            parameter.copy_(values)
+        for tensor, values in zip(tensors, kept, strict=True):
+            tensor.copy_(values)

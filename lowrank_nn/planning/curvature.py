@@ -59,16 +59,16 @@ class CurvatureProbes:
     """
 
     def __init__(
-        self, model: nn.Module, moments: Mapping[nn.Conv2d | nn.Linear, LayerMoments], max_features: int, seed: int
+        self, model: nn.Module, moments: Mapping[nn.Module, LayerMoments], max_features: int, seed: int
     ) -> None:
         self.images = 0
         self._model = model
         self._seed = seed
         self._generators: dict[int, torch.Generator] = {}
         self._sums = {
-            layer: LayerCurvature(layer, seen, seed)
+            layer: LayerCurvature(seen.layer, seen, seed)
             for layer, seen in moments.items()
-            if _outputs(layer) <= max_features
+            if _outputs(seen.layer) <= max_features
         }
         self._forwards = {layer: self._tapped(layer, sums) for layer, sums in self._sums.items()}
         self._anchors: list[Tensor] = []
@@ -122,7 +122,7 @@ class CurvatureProbes:
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
-    def _tapped(self, layer: nn.Conv2d | nn.Linear, sums: LayerCurvature) -> Callable[..., Any]:
+    def _tapped(self, layer: nn.Module, sums: LayerCurvature) -> Callable[..., Any]:
         forward = layer.forward
 
         @functools.wraps(forward)

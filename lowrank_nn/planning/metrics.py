@@ -11,6 +11,7 @@ from torch import nn
 from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import PlanError
 from lowrank_nn.graph.preserve import evaluating
+from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.planning.calibration import layers_at, run_batches, watch
 from lowrank_nn.planning.curvature import CurvatureProbes
 from lowrank_nn.planning.moments import LayerMoments
@@ -60,7 +61,8 @@ def collect_metrics(
         model: The model.
         batches: What it is called with, batch by batch, samples along the first dim; see
             :func:`lowrank_nn.planning.calibration.model_inputs`. A single tensor or dict is one batch.
-        paths: Dotted paths of the layers, each an ``nn.Conv2d`` or ``nn.Linear``; "" for the model itself.
+        paths: Dotted paths of the layers, each an ``nn.Conv2d`` or ``nn.Linear``, or a compressed layer in the place of
+            one; "" for the model itself.
         curvature: Whether to estimate H.
         max_features: Largest p and o with a matrix. Where p is above, only C's diagonal is kept, and the covariance of
             the layer's outputs (o x o per group) where o is not; where o is above, there is no H.
@@ -75,11 +77,11 @@ def collect_metrics(
 
     Raises:
         CalibrationError: There are no batches, an input of a layer is not finite, or the forward failed on a batch.
-        PlanError: There is no layer at a path, or it is neither an ``nn.Conv2d`` nor an ``nn.Linear``.
+        PlanError: There is no layer at a path, or it is none of these.
     """
-    layers = {path: _checked(layer, path) for path, layer in layers_at(model, paths).items()}
+    layers = layers_at(model, paths)
     first_paths = {layer: path for path, layer in reversed(layers.items())}
-    moments = {layer: LayerMoments(layer, max_features, seed) for layer in first_paths}
+    moments = {layer: LayerMoments(_dense(layer, path), max_features, seed) for layer, path in first_paths.items()}
     with evaluating(model):
         probes = CurvatureProbes(model, moments if curvature else {}, max_features, seed)
         for layer, path in first_paths.items():
@@ -94,10 +96,12 @@ def collect_metrics(
     return {path: metrics[layer] for path, layer in layers.items() if layer in metrics}
 
 
-def _checked(layer: nn.Module, path: str) -> nn.Conv2d | nn.Linear:
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+def _dense(layer: nn.Module, path: str) -> nn.Conv2d | nn.Linear:
+    """Return the layer itself, or the dense one that a compressed layer acts as."""
+    dense = layer.to_dense_layer() if isinstance(layer, CompressedLayer) else layer
+    if not isinstance(dense, (nn.Conv2d, nn.Linear)):
         raise PlanError(
             f"calibration: expected an nn.Conv2d or nn.Linear, got {type(layer).__name__}. Leave it out of paths.",
             path=path,
         )
-    return layer
+    return dense

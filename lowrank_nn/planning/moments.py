@@ -87,9 +87,13 @@ class LayerMoments:
         layer: The layer.
         max_features: Longest vectors of which a covariance matrix is kept.
         seed: Seed of the positions.
+
+    Attributes:
+        layer: The layer.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, max_features: int, seed: int) -> None:
+        self.layer = layer
         self._sampler = PatchSampler(layer, seed)
         outputs = layer.out_channels // layer.groups if isinstance(layer, nn.Conv2d) else layer.out_features
         wide = self._sampler.features > max_features

@@ -133,9 +133,17 @@ def test_the_report_says_where_it_is_simulated(monkeypatch):
 
 
 def test_other_options_go_with_integers():
-    for options in ({"activations": "int8"}, {"scheme": "affine"}, {"observer": "mse"}, {"keep_fastest": True}):
-        with pytest.raises(lnn.OptionError, match="'bf16' takes no activations"):
-            lnn.Quantize("bf16", **options)
+    others = {
+        "activations": "int8",
+        "scheme": "affine",
+        "observer": "mse",
+        "keep_fastest": True,
+        "data_aware": True,
+        "reconstruct": False,
+    }
+    for name, value in others.items():
+        with pytest.raises(lnn.OptionError, match="'bf16' takes no option but where and but_not"):
+            lnn.Quantize("bf16", **{name: value})
     assert repr(lnn.Quantize("bf16")) == "Quantize('bf16')"
 
 

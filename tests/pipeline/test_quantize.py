@@ -157,3 +157,98 @@ def test_the_report_says_where_kernels_are_missing(net, monkeypatch):
     assert list(double.report.remarks) == [reason]
     plain = lnn.compress_model(model.float(), x, lnn.Quantize("int8"), progress=False)
     assert not plain.report.remarks
+
+
+class Deep(nn.Module):
+    """Residual, with norms, and a factorised layer to be: what rounding on data has to cope with."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.conv1, self.norm1 = nn.Conv2d(12, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.norm2 = nn.Conv2d(16, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        y = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
+        return self.fc(torch.relu(x + y).mean((2, 3)))
+
+
+def images(count, seed):
+    noise = torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+    mix = torch.tensor([[1.0, 0.8, 0.6], [0.1, 0.5, 0.2], [0.0, 0.1, 0.2]])
+    return nn.functional.avg_pool2d(torch.einsum("nchw,cd->ndhw", noise, mix), 3, 1, 1) + 0.3
+
+
+BATCHES, TEST = images(240, 0).split(48), images(100, 1)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Deep()
+        for norm in (model.stem_norm, model.norm1, model.norm2):
+            norm.momentum = None
+        with torch.no_grad():
+            model.train()(images(256, 7))
+    return model.eval()
+
+
+@torch.no_grad()
+def change(model, steps, calibration=BATCHES, **options):
+    """The relative change of the centred outputs, and the result."""
+    steps = [*steps, lnn.Quantize(**options)]
+    result = lnn.compress_model(model, TEST[:1], steps, calibration=calibration, progress=False)
+    expected = model(TEST) - model(TEST).mean(0)
+    return float((result.model(TEST) - model(TEST)).square().sum() / expected.square().sum()), result
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+@pytest.mark.parametrize("folded", [True, False])
+def test_rounding_on_data_keeps_the_output_and_each_part_helps(deep, scheme, folded):
+    steps = [lnn.FoldBatchNorm()] if folded else []
+    nearest, alone, whole = (
+        change(deep, steps, weights="int3", scheme=scheme, **options)[0]
+        for options in ({"data_aware": False}, {"reconstruct": False}, {})
+    )
+    assert alone < 0.5 * nearest
+    assert whole < alone
+
+
+def test_with_eight_bits_or_without_data_weights_are_the_nearest(deep):
+    plain = lnn.QuantConv2d.from_pretrained_layer(deep.conv1, bits=8)
+    _, result = change(deep, [], weights="int8")
+    assert torch.equal(result.model.conv1.weight_int, plain.weight_int)
+    _, result = change(deep, [], weights="int8", data_aware=True)
+    assert not torch.equal(result.model.conv1.weight_int, plain.weight_int)
+    plain = lnn.QuantConv2d.from_pretrained_layer(deep.conv1, bits=4)
+    _, result = change(deep, [], weights="int4", calibration=None)
+    assert torch.equal(result.model.conv1.weight_int, plain.weight_int)
+
+
+def test_rounding_on_data_needs_data(deep):
+    with pytest.raises(lnn.CalibrationError, match="Quantize: data_aware needs calibration batches"):
+        change(deep, [], weights="int4", calibration=None, data_aware=True)
+
+
+def test_pruned_layers_and_factors_are_rounded_on_data_too(deep):
+    pruned, factorised = lnn.Prune(0.5, where="conv*"), lnn.Apply(lnn.TuckerConv2d, where="conv1", rank=(12, 10))
+    for steps in ([lnn.FoldBatchNorm(), pruned], [factorised, lnn.FoldBatchNorm()]):
+        start = lnn.compress_model(deep, TEST[:1], steps, progress=False).model
+        nearest, _ = change(start, [], weights="int3", data_aware=False)
+        on_data, result = change(start, [], weights="int3")
+        assert on_data < 0.5 * nearest
+        assert not result.report.remarks
+        for path, layer in start.named_modules():
+            if isinstance(layer, lnn.PrunedConv2d):
+                assert (result.model.get_submodule(path).weight[layer.weight == 0] == 0).all()
+
+
+def test_rounding_on_data_is_repeatable_and_leaves_the_model_alone(deep):
+    before = {name: tensor.clone() for name, tensor in deep.state_dict().items()}
+    first, second = (change(deep, [], weights="int4", activations="int8")[1].model for _ in range(2))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in deep.state_dict().items())
