@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_nn.errors import PlanError
-from lowrank_nn.graph.inputs import tensors
+from lowrank_nn.graph.inputs import doubled, tensors
 from lowrank_nn.graph.labels import Labels, support
 from lowrank_nn.graph.places import ForwardWatch, OutOfSight
 from lowrank_nn.graph.preserve import evaluating
@@ -56,9 +57,11 @@ class _Known:
 
 
 def follow(model: nn.Module, example_inputs: Any) -> Units:
-    """Run ``model`` once, in eval mode and without gradients, and return the units of its parameters and buffers.
+    """Run ``model`` in eval mode and without gradients, and return the units of its parameters and buffers.
 
-    Where that leaves parameters unused, it is run in train mode too. The model and the process are left as they were.
+    Run once as it is called, once with a batch twice as large, if it takes one: what either of them unites or freezes
+    counts. Where that leaves parameters unused, it is run in train mode too. The model and the process are left as they
+    were.
 
     Raises:
         UnsupportedLayerError: The model is compiled or scripted, or holds layers that have no weights yet.
@@ -68,6 +71,7 @@ def follow(model: nn.Module, example_inputs: Any) -> Units:
     follower = _Follower(model)
     with evaluating(model):
         follower.run(model, example_inputs)
+        follower.run_doubled(model, example_inputs)
     if not all(map(follower.has_seen, model.parameters())):
         follower.run_training(model, example_inputs)
     follower.units.settle_boxes()
@@ -92,6 +96,19 @@ class _Follower(ForwardWatch):
     def run(self, model: nn.Module, example_inputs: Any) -> None:
         """Follow one forward, without gradients."""
         self.attach(model)
+        self._forward(model, example_inputs)
+
+    def run_doubled(self, model: nn.Module, example_inputs: Any) -> None:
+        """Follow a further forward, with a larger batch: some treat the batch as channels."""
+        try:
+            inputs = doubled(example_inputs)
+        except Exception as error:  # of what cannot be copied, or cut from a view
+            _logger.debug("no second batch size: %s", error)
+            return
+        with contextlib.suppress(PlanError):  # it takes one size only
+            self._forward(model, inputs)
+
+    def _forward(self, model: nn.Module, example_inputs: Any) -> None:
         # Inference mode would hide changes in place.
         with torch.inference_mode(False), torch.no_grad():
             with self, OutOfSight(self):
@@ -182,7 +199,7 @@ class _Follower(ForwardWatch):
         result = func(*args, **kwargs)
         made = args[0] if func is Tensor.__setitem__ else result
         where = f"{short_name(func)} in {self._path}"
-        call = Call(self.units, func, args, kwargs, made, where, known)
+        call = Call(self.units, func, args, kwargs, made, where, known, frozenset(f.module for f in self._frames))
         planes = self._ask(rule, call)
         origins = [labels.constant for labels in known.values()]
         constant = max(origins, default=0) if all(origins) else 0

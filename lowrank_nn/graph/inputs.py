@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -46,6 +47,19 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Return a copy of ``value`` with every tensor that :func:`tensors` finds in it replaced by what it becomes."""
     # Copying with the tensors foretold works for every container, whatever its constructor takes.
     return copy.deepcopy(value, {id(tensor): change(tensor) for tensor in tensors(value)})
+
+
+def doubled(example_inputs: Any) -> Any:
+    """Return the inputs with a batch twice as large: behind each entry along dim 0 stands a mirrored one."""
+    batch = next((tensor.shape[0] for tensor in tensors(example_inputs) if tensor.dim()), 0)
+
+    def twice(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != batch:
+            return tensor
+        mirrored = tensor.flip(-1) if tensor.dim() > 1 and tensor.is_floating_point() else tensor
+        return torch.cat([tensor, mirrored])
+
+    return map_tensors(twice, example_inputs)
 
 
 def first_shape(value: Any) -> tuple[int, ...]:

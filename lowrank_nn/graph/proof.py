@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowrank_nn.errors import LowRankError, PlanError
 from lowrank_nn.graph.free_norms import follow_inputs
-from lowrank_nn.graph.inputs import call_model, map_tensors, tensors
+from lowrank_nn.graph.inputs import call_model, doubled, map_tensors, tensors
 from lowrank_nn.graph.preserve import evaluating, seed_all, untouched
 from lowrank_nn.graph.proof_modes import NoDropout, NormaliseKept
 from lowrank_nn.graph.surgery import Cuts, Removal, cut_tensor, cuts_of, masked_units, named_tensors, remove_units
@@ -127,7 +127,7 @@ class _Trial:
         self._model, self._inputs = _widest(model, example_inputs, seed)
         self.runs: list[_Mode] = [("in eval mode", self._evaluate)]
         self.untested = ""
-        for inputs in (_doubled(self._inputs), self._inputs):
+        for inputs in (doubled(self._inputs), self._inputs):
             try:
                 self._train(inputs)
             except Exception as error:
@@ -211,19 +211,6 @@ def _prepare(seed: int) -> None:
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _doubled(example_inputs: Any) -> Any:
-    """Return the inputs with a batch twice as large: behind each entry along dim 0 stands a mirrored one."""
-    batch = next((tensor.shape[0] for tensor in tensors(example_inputs) if tensor.dim()), 0)
-
-    def twice(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0 or tensor.shape[0] != batch:
-            return tensor
-        mirrored = tensor.flip(-1) if tensor.dim() > 1 and tensor.is_floating_point() else tensor
-        return torch.cat([tensor, mirrored])
-
-    return map_tensors(twice, example_inputs)
 
 
 def _gradients(model: nn.Module, outputs: Sequence[Tensor]) -> dict[str, Tensor]:

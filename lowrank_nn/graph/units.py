@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from lowrank_nn.graph.sizes import Attribute, TracedSize
+from lowrank_nn.graph.sizes import Attribute
 
 VIRTUAL, THROUGH, IN, OUT = range(4)
 """What a unit's id stands for: no position of a parameter, or one that carries, reads or computes the unit."""
@@ -118,10 +118,9 @@ class Units:
         box = ids.squeeze()
         self._boxes.setdefault((tuple(box.shape), box.numpy().tobytes()), box.clone())
 
-    def note_size(self, size: int, plane: Tensor, dim: int) -> None:
-        """Note that the forward gives this size to a dim along which a tensor has these ids."""
-        if isinstance(size, TracedSize) and plane.shape[dim] > 1:
-            self._sizes.append((size.source, plane.movedim(dim, 0).reshape(plane.shape[dim], -1)))
+    def note_size(self, source: Attribute, rows: Tensor) -> None:
+        """Note that a module keeps the number of ``rows``: the ids at each position along a dim."""
+        self._sizes.append((source, rows))
 
     def lowered_sizes(self) -> dict[int, dict[Attribute, int]]:
         """Return by root what the sizes that modules keep lose with the unit: positions that go as a whole."""

@@ -393,3 +393,28 @@ def test_on_the_meta_device():
 def test_on_cuda():
     model, inputs = ZOO["vit"]()
     assert find_groups(copy.deepcopy(model).cuda(), inputs.cuda()) == find_groups(model, inputs)
+
+
+class BatchAsChannels(nn.Module):
+    """Normalises groups of channels of all samples at once: of one channel each only at batch size 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(F.group_norm(y.flatten(0, 1)[None], 16).view_as(y))
+
+
+def test_a_second_batch_size_shows_what_treats_the_batch_as_channels():
+    assert free(find_groups(BatchAsChannels().double(), IMAGE)) != {"first": 8}
+
+
+def test_a_model_that_takes_one_batch_size():
+    class One(nn.Sequential):
+        def forward(self, x):
+            assert len(x) == 2
+            return super().forward(x)
+
+    assert free(checked(One(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)).double(), IMAGE)) == {"0": 8}

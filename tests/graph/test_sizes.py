@@ -1,6 +1,7 @@
 """Sizes that a forward reads from attributes of its modules follow what is removed."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -108,6 +109,23 @@ def test_a_size_with_two_meanings_is_refused():
     proof = prove(model, removals, X)
     assert set(proof.refused) == {"one", "two"}
     assert "the forward fails" in proof.refused["one"]
+
+
+def test_numbers_from_a_cache_that_another_module_filled():
+    """Its key are the values: the second block gets the number object of the first."""
+
+    @functools.cache
+    def pattern(width):
+        return (-1, 2, width)
+
+    class Block(Reshaped):
+        def __init__(self):
+            super().__init__(lambda net, x: x.reshape(pattern(net.width)))
+
+    model, _ = seeded(lambda: (nn.Sequential(Block(), nn.Linear(4, 6), Block()), None))()
+    removals = [removal for removal in removals_of(model) if removal.group.name.endswith("first")]
+    assert [removal.group.sizes for removal in removals] == [((Attribute("0", "width"), 1),), ()]
+    assert [removal.group.name for removal in prove(model, removals, X).proven] == ["0.first"]
 
 
 def test_finding_groups_leaves_attributes_alone():

@@ -14,6 +14,7 @@ from torch.overrides import resolve_name
 from lowrank_nn.errors import OptionError
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.labels import Labels
+from lowrank_nn.graph.sizes import TracedSize
 from lowrank_nn.graph.units import Units
 
 Planes = list[Tensor]
@@ -31,6 +32,7 @@ class Call:
         result: What it returned.
         where: Its name and place, for reasons.
         known: By the ``id`` of every tensor in the arguments, its labels before the call.
+        modules: Paths of the modules whose forward is running.
     """
 
     units: Units
@@ -40,6 +42,7 @@ class Call:
     result: Any
     where: str
     known: dict[int, Labels]
+    modules: frozenset[str] = frozenset()
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """Return the argument that stands at ``position`` or is called ``name``."""
@@ -58,6 +61,12 @@ class Call:
         """Return the labels of all tensors in the arguments, but for ``out=``."""
         inputs = [value for name, value in self.kwargs.items() if name != "out"]
         return [self.labels(tensor) for tensor in tensors([*self.args, inputs])]
+
+    def note_size(self, size: int, plane: Tensor, dim: int) -> None:
+        """Note that the forward gives this size to a dim along which a tensor has these ids."""
+        # A size that another module keeps comes out of a cache that takes equal numbers for the same.
+        if isinstance(size, TracedSize) and size.source.module in self.modules and plane.shape[dim] > 1:
+            self.units.note_size(size.source, plane.movedim(dim, 0).reshape(plane.shape[dim], -1))
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:

@@ -156,5 +156,5 @@ def layer_norm(call: Call) -> list[Planes]:
             call.units.freeze(parameter.ids(), f"mixed by {call.where}")
     planes = merge(call.units, [labels, *(aligned(p, count) for p in parameters if p.shape)], call.where)
     for plane, (dim, size) in itertools.product(planes, enumerate(shape, first)):
-        call.units.note_size(size, plane, dim)
+        call.note_size(size, plane, dim)
     return [planes]

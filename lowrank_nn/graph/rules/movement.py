@@ -75,7 +75,7 @@ def unflatten(call: Call) -> list[Planes]:
 def _sized(call: Call, results: list[Planes], sizes: Sequence[int], first: int) -> list[Planes]:
     """Note the sizes that the forward gives to the dims from ``first`` on."""
     for plane, (dim, size) in itertools.product(results[0], enumerate(sizes, first)):
-        call.units.note_size(size, plane, dim)
+        call.note_size(size, plane, dim)
     return results
 
 

@@ -44,7 +44,7 @@ def split(call: Call) -> list[Planes]:
         results = equal_parts(call)
     for size, planes in zip(given, results, strict=False):  # a single size is that of the first part too
         for plane in planes:
-            call.units.note_size(size, plane, dim)
+            call.note_size(size, plane, dim)
     return results
 
 
