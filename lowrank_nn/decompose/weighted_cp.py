@@ -13,7 +13,7 @@ from lowrank_nn.decompose._khatri_rao import balance
 from lowrank_nn.decompose._lbfgs import Curvature, descend
 from lowrank_nn.decompose.cp import cp, cp_full_rank, cp_tensor
 from lowrank_nn.decompose.metric import Metric
-from lowrank_nn.decompose.weighted import weighted_svd, weighted_svd_errors
+from lowrank_nn.decompose.weighted import weighted_svd
 
 # The penalty on terms that cancel one another: its weight, at which it about equals what rounding the factors to six
 # bits adds to the error, and the share of the error that it may reach.
@@ -67,7 +67,7 @@ def weighted_cp(
     tensors = weight.reshape(metric.groups, -1, *weight.shape[1:])
     if weight.is_meta:
         return [weight.new_empty((metric.groups, size, rank), dtype=torch.float64) for size in tensors.shape[1:]]
-    if _is_matrix(tensors) and rank < cp_full_rank(tensors.shape[1:]):
+    if tensors[0, 0, 0].numel() == 1 and rank < cp_full_rank(tensors.shape[1:]):
         pairs = zip(*weighted_svd(weight, metric, rank), strict=True)
         taps = [weight.new_ones((1, rank), dtype=torch.float64)] * (tensors.dim() - 3)
         parts = [balance([left, right.T, *taps]) for left, right in pairs]
@@ -88,8 +88,7 @@ def weighted_cp(
 def weighted_cp_errors(weight: Tensor, metric: Metric, ranks: Sequence[int]) -> list[float]:
     """Return the errors of short fits at several ranks; those of :func:`weighted_cp` are somewhat lower.
 
-    Each fit starts from the last one, with the largest terms added over the slices of what it leaves. Those of a
-    matrix are exact.
+    Each fit starts from the last one, with the largest terms added over the slices of what it leaves.
 
     Args:
         weight: Shape (out_channels, in_channels / groups, ...).
@@ -97,9 +96,6 @@ def weighted_cp_errors(weight: Tensor, metric: Metric, ranks: Sequence[int]) -> 
         ranks: Numbers of terms per group, rising.
     """
     tensors = weight.reshape(metric.groups, -1, *weight.shape[1:])
-    if _is_matrix(tensors):
-        exact: list[float] = weighted_svd_errors(weight, metric).tolist()
-        return [exact[rank - 1] for rank in ranks]
     errors = [0.0 for _ in ranks]
     for objective in _objectives(tensors, metric):
         state = None
@@ -150,11 +146,6 @@ def _objectives(tensors: Tensor, metric: Metric) -> Iterator[CPObjective]:
     curvatures = [None] * metric.groups if metric.curvature is None else list(metric.curvature)
     for tensor, covariance, curvature in zip(tensors.to(metric.mean), metric.covariance, curvatures, strict=True):
         yield CPObjective(tensor, covariance, curvature, dtype)
-
-
-def _is_matrix(tensors: Tensor) -> bool:
-    """Whether tensors (groups, o, i, ...) have one position only."""
-    return tensors[0, 0].numel() == tensors.shape[2]
 
 
 def _affordable(tensors: Tensor, rank: int, most: int, work: float, fewest: int) -> int:

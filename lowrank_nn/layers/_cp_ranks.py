@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowrank_nn.decompose import Metric, cp_als, cp_full_rank, cp_tensor, weighted_cp_errors
+from lowrank_nn.decompose import Metric, cp_als, cp_full_rank, cp_tensor, weighted_cp_errors, weighted_svd_errors
 from lowrank_nn.errors import OptionError, RankError
+from lowrank_nn.layers._matrix import truncation_errors
 from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankTable
 from lowrank_nn.layers._source import Source
 
@@ -60,9 +61,12 @@ class CPProblem(RankProblem):
         """Return the ranks between 4 % and 80 % of the dense parameters, up to 800, with the errors of short fits.
 
         Up to eight ranks are fitted; between them errors are interpolated, as falling geometrically with the rank. The
-        error of a full fit is lower; there are no ranks where a single term costs more than the dense layer.
+        error of a full fit is lower; there are no ranks where a single term costs more than the dense layer. For a
+        1 x 1 kernel these are all ranks below the dense parameters, with exact errors.
         """
         break_even = self.tensors.numel() / int(self.params(1))
+        if self.tensors[0, 0, 0].numel() == 1:
+            return self._matrix_table(break_even, metric)
         wanted = np.clip(_TABLE_SHARES * break_even, 1, self.limits[0])
         ranks = np.unique(wanted.astype(np.int64) // self.multiple * self.multiple)
         ranks = ranks[(ranks > 0) & (ranks < break_even) & (ranks <= _TABLE_TERMS)]
@@ -74,6 +78,16 @@ class CPProblem(RankProblem):
             start = cp_als(tensor, int(ranks[-1]), sweeps=0)
             errors += [_short_fit_error(tensor, [factor[:, :rank] for factor in start]) for rank in ranks]
         return _filled_in(ranks, errors, self.multiple)
+
+    def _matrix_table(self, break_even: float, metric: Metric | None) -> RankTable:
+        """Return the ranks of a 1 x 1 kernel, whose CP decomposition is the truncated SVD."""
+        matrices = self.tensors.flatten(2)
+        if metric is None:
+            every = truncation_errors(matrices)
+        else:
+            every = weighted_svd_errors(matrices.flatten(0, 1), metric).cpu().numpy()
+        ranks = np.arange(self.multiple, min(self.limits[0] + 1, break_even), self.multiple, dtype=np.int64)
+        return RankTable(ranks[:, None], every[ranks - 1])
 
 
 def _filled_in(ranks: IntArray, errors: NDArray[np.float64], multiple: int) -> RankTable:

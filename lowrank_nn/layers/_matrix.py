@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lowrank_nn.decompose import Metric, singular_values, weighted_svd_errors, weighted_tucker1_errors
@@ -34,10 +35,14 @@ class MatrixProblem(RankProblem):
 
     def table(self, metric: Metric | None = None) -> RankTable:
         """Return all ranks, with the errors of the truncated singular value decomposition."""
-        # Eckart-Young: the squared error of rank r is the sum of the squared singular values after the r-th.
-        squares = torch.stack([singular_values(m) for m in self.matrices]).square().sum(0).cpu().numpy()
-        tails = np.append(np.cumsum(squares[::-1])[::-1][1:], 0.0)
-        return RankTable(np.arange(1, self.limits[0] + 1)[:, None], tails)
+        return RankTable(np.arange(1, self.limits[0] + 1)[:, None], truncation_errors(self.matrices))
+
+
+def truncation_errors(matrices: Tensor) -> NDArray[np.float64]:
+    """Return the squared error of every rank from 1 on, the same rank in all matrices (groups, m, n)."""
+    # Eckart-Young: that of rank r is the sum of the squared singular values after the r-th.
+    squares = torch.stack([singular_values(matrix) for matrix in matrices]).square().sum(0).cpu().numpy()
+    return np.append(np.cumsum(squares[::-1])[::-1][1:], 0.0)
 
 
 class LinearProblem(MatrixProblem):
