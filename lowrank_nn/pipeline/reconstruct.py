@@ -243,11 +243,12 @@ def _refit(
     moments = sums.moments().raw() if about_zero else sums.moments()
     weight = layer.weight.detach().double().clone().reshape(moments.cross.shape)  # the layer may be ``new`` itself
     ridge = choose_ridge(sums, weight, curvature, about_zero=about_zero)
-    best = weight if ridge is None else weight + moments.improvement(weight, ridge)
+    left = moments.left_by(weight)
+    best = weight if ridge is None else weight + left.least_squares(ridge)
     metric = Metric(moments.damped(ridge or RIDGES[0]), torch.zeros_like(moments.mean), curvature)
 
     def gain() -> float:
-        return moments.gain(weight, new.weight.double().reshape(weight.shape) - weight, curvature)
+        return left.gain(new.weight.double().reshape(weight.shape) - weight, curvature)
 
     tensors = [*new.parameters(), *new.buffers()]
     kept, before = [tensor.clone() for tensor in tensors], gain()

@@ -46,10 +46,7 @@ class RunningCovariance:
             self._scatter.add_(centred.square().sum(1), alpha=weight)
             self._scatter.addcmul_(shift, shift, value=self.count * added / total)
         else:
-            for start, stop in self._blocks():
-                self._scatter[:, start:stop, start:].add_(
-                    centred[..., start:stop].mT @ centred[..., start:], alpha=weight
-                )
+            add_squares_(self._scatter, centred, weight)
             self._scatter.addcmul_(shift[:, :, None], shift[:, None], value=self.count * added / total)
         self._mean.add_(shift, alpha=added / total)
         self.count = total
@@ -64,20 +61,31 @@ class RunningCovariance:
 
     def covariance(self) -> Tensor:
         """Return the covariance, float64 (groups, p, p), or the variances (groups, p)."""
-        if not self._diagonal:
-            for start, stop in self._blocks():
-                self._scatter[:, stop:, start:stop] = self._scatter[:, start:stop, stop:].mT
-        return self._scatter / self.count
+        return (self._scatter if self._diagonal else symmetric_(self._scatter)) / self.count
 
     def _start(self, mean: Tensor) -> None:
         self._mean = torch.zeros_like(mean)
         self._scatter = mean.new_zeros(mean.shape if self._diagonal else (*mean.shape, mean.shape[1]))
 
-    def _blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield the rows of four blocks: only 10 of the 16 blocks of the matrix lie on or above its diagonal."""
-        size = self._mean.shape[1]
-        step = -(-size // 4)
-        yield from ((start, min(start + step, size)) for start in range(0, size, step))
+
+def add_squares_(total: Tensor, rows: Tensor, weight: float) -> None:
+    """Add ``weight`` times the products of rows (groups, n, p) to (groups, p, p): on and above its diagonal, in blocks."""
+    for start, stop in _blocks(total):
+        total[:, start:stop, start:].add_(rows[..., start:stop].mT @ rows[..., start:], alpha=weight)
+
+
+def symmetric_(total: Tensor) -> Tensor:
+    """Complete what :func:`add_squares_` added up, below the diagonal; returned for convenience."""
+    for start, stop in _blocks(total):
+        total[:, stop:, start:stop] = total[:, start:stop, stop:].mT
+    return total
+
+
+def _blocks(matrices: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield the rows of four blocks: only 10 of the 16 blocks of a matrix lie on or above its diagonal."""
+    size = matrices.shape[1]
+    step = -(-size // 4)
+    yield from ((start, min(start + step, size)) for start in range(0, size, step))
 
 
 class LayerMoments:

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from lowrank_nn.planning.moments import add_squares_, symmetric_
 from lowrank_nn.planning.patches import PatchSampler
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -38,30 +39,36 @@ class Moments:
             torch.zeros_like(self.target_mean),
         )
 
-    def gain(self, weight: Tensor, change: Tensor, curvature: Tensor | None) -> float:
-        r"""Return by how much a change of the weight lowers the error E (t - W u)^T H (t - W u), about the means.
+    def left_by(self, weight: Tensor) -> Moments:
+        """Return the moments of what a weight W (groups, o, p) leaves of the targets: t - W u in their place."""
+        return dataclasses.replace(
+            self,
+            cross=self.cross - weight @ self.covariance,
+            target_mean=self.target_mean - (weight @ self.mean[:, :, None])[..., 0],
+        )
+
+    def gain(self, weight: Tensor, curvature: Tensor | None) -> float:
+        r"""Return by how much a weight lowers the error, E t^T H t - E (t - W u)^T H (t - W u), about the means.
 
         Args:
             weight: W, shape (groups, o, p).
-            change: Of the same shape.
             curvature: H, shape (groups, o, o); None for the identity.
         """
-        weighted = change if curvature is None else curvature @ change
-        residual = self.cross - weight @ self.covariance
-        return float((weighted * (2 * residual - change @ self.covariance)).sum())
+        weighted = weight if curvature is None else curvature @ weight
+        return float((weighted * (2 * self.cross - weight @ self.covariance)).sum())
 
     def damped(self, ridge: float) -> Tensor:
         """Return C with ``ridge`` times its mean diagonal entry added to the diagonal."""
         size = self.covariance.diagonal(dim1=1, dim2=2).mean(1)
         size = size.clamp(min=1e-6 * float(size.max()) or 1e-12)  # groups whose inputs never change get a little too
-        identity = torch.eye(self.mean.shape[1], dtype=size.dtype, device=size.device)
-        return self.covariance + ridge * size[:, None, None] * identity
+        damped = self.covariance.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(ridge * size[:, None])
+        return damped
 
-    def improvement(self, weight: Tensor, ridge: float) -> Tensor:
-        """Return (D - W C) (C + ridge)^-1: the change of W to the least-squares weight, damped towards none."""
-        residual = self.cross - weight @ self.covariance
+    def least_squares(self, ridge: float) -> Tensor:
+        """Return D (C + ridge)^-1, the weight that predicts the targets best, damped towards zero."""
         factor, _ = torch.linalg.cholesky_ex(self.damped(ridge))
-        return torch.cholesky_solve(residual.mT, factor).mT
+        return torch.cholesky_solve(self.cross.mT, factor).mT
 
 
 class MomentSums:
@@ -118,7 +125,7 @@ class MomentSums:
         chosen = list(parts or (0, 1))
         count = sum(self._counts[part] for part in chosen)
         mean, target_mean = (sums[chosen].sum(0) / count for sums in (self._sum_u, self._sum_t))
-        covariance = self._uu[chosen].sum(0) / count - mean[:, :, None] * mean[:, None]
+        covariance = symmetric_(self._uu[chosen].sum(0)) / count - mean[:, :, None] * mean[:, None]
         cross = self._tu[chosen].sum(0) / count - target_mean[:, :, None] * mean[:, None]
         order = self._sampler.in_weight_order
         return Moments(
@@ -138,7 +145,7 @@ class MomentSums:
             self._sum_u[part].add_(u.sum(1), alpha=weight)
             self._sum_t[part].add_(t.sum(1), alpha=weight)
             if self.products:
-                self._uu[part].add_(u.mT @ u, alpha=weight)
+                add_squares_(self._uu[part], u, weight)
                 self._tu[part].add_(t.mT @ u, alpha=weight)
 
     def _start(self, u: Tensor, t: Tensor) -> None:
@@ -152,9 +159,9 @@ class MomentSums:
 
 
 def choose_ridge(sums: MomentSums, weight: Tensor, curvature: Tensor | None, *, about_zero: bool) -> float | None:
-    """Return the ridge whose improvement of the weight, computed without the held-out images, is best on them.
+    """Return the ridge whose change of the weight, computed without the held-out images, is best on them.
 
-    None where no improvement lowers their error, or where there are too few images to hold any out.
+    None where no change lowers their error, or where there are too few images to hold any out.
 
     Args:
         sums: Sums of the layer.
@@ -164,12 +171,11 @@ def choose_ridge(sums: MomentSums, weight: Tensor, curvature: Tensor | None, *, 
     """
     if not sums.has_held_out:
         return None
-    seen, held = sums.moments(0), sums.moments(1)
-    if about_zero:
-        seen, held = seen.raw(), held.raw()
+    parts = (sums.moments(part) for part in (0, 1))
+    seen, held = ((part.raw() if about_zero else part).left_by(weight) for part in parts)
     best, most = None, 0.0
     for ridge in RIDGES:
-        gain = held.gain(weight, seen.improvement(weight, ridge), curvature)
+        gain = held.gain(seen.least_squares(ridge), curvature)
         if gain > most:
             best, most = ridge, gain
         elif best is not None:

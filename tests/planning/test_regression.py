@@ -72,7 +72,7 @@ def test_every_fourth_image_is_held_out_however_they_are_batched(sizes):
 
 
 @pytest.mark.parametrize("name", ["conv", "grouped", "tokens"])
-def test_improvement_and_gain(name):
+def test_least_squares_and_gain(name):
     layer, x, y = make(name)
     sums = MomentSums(layer, 0)
     sums.add(x, y)
@@ -80,7 +80,8 @@ def test_improvement_and_gain(name):
     weight = torch.randn_like(moments.cross)
     root = torch.randn(moments.cross.shape[0], moments.cross.shape[1], moments.cross.shape[1], dtype=torch.float64)
     curvature = root @ root.mT
-    change = moments.improvement(weight, 1e-3)
+    left = moments.left_by(weight)
+    change = left.least_squares(1e-3)
     total = 0.0
     for g, (u, t) in enumerate(zip(*rows(layer, x, y), strict=True)):
         u, t = (v.reshape(-1, v.shape[-1]).numpy() for v in (u, t))
@@ -93,9 +94,9 @@ def test_improvement_and_gain(name):
         before, after = t - u @ weight[g].numpy().T, t - u @ (weight + change)[g].numpy().T
         h = curvature[g].numpy()
         total += np.mean(np.sum(before @ h * before, 1)) - np.mean(np.sum(after @ h * after, 1))
-    assert moments.gain(weight, change, curvature) == pytest.approx(total)
+    assert left.gain(change, curvature) == pytest.approx(total)
     identity = torch.eye(curvature.shape[1], dtype=torch.float64).expand_as(curvature)
-    assert moments.gain(weight, change, None) == pytest.approx(moments.gain(weight, change, identity))
+    assert left.gain(change, None) == pytest.approx(left.gain(change, identity))
 
 
 def chosen(layer, x, y, about_zero=False):
@@ -134,7 +135,7 @@ def test_constant_inputs_and_values_that_are_not_finite():
     sums = MomentSums(layer, 0)
     sums.add(torch.ones(8, 6), torch.ones(8, 4))
     assert sums.are_finite()
-    improvement = sums.moments().improvement(layer.weight.detach().double()[None], RIDGES[0])
+    improvement = sums.moments().left_by(layer.weight.detach().double()[None]).least_squares(RIDGES[0])
     assert torch.isfinite(improvement).all()
     sums.add(torch.full((1, 6), torch.inf), torch.ones(1, 4))
     assert not sums.are_finite()
