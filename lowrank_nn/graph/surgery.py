@@ -41,7 +41,8 @@ def remove_units(model: nn.Module, removals: Sequence[Removal]) -> Callable[[], 
     """Cut units of channel groups out of all tensors that they are members of, and keep the modules' attributes right.
 
     Parameters and buffers stay the objects they are (shared ones stay shared, optimizers and hooks keep their hold on
-    them), with data of another shape; dtype, device, memory format and ``requires_grad`` stay too, gradients go.
+    them), with data of another shape; dtype, device, memory format and ``requires_grad`` stay too, gradients go. So do
+    tensors that modules concerned keep in dicts (caches).
 
     Args:
         model: Changed in place; on any device, meta included.
@@ -75,6 +76,7 @@ def remove_units(model: nn.Module, removals: Sequence[Removal]) -> Callable[[], 
         for module, path, own in by_module:
             _update(module, path, own)
             _note_changes(module, *before[module], own)
+            _drop_caches(module)
         release_fast_path(model)
     except BaseException:
         undo.close()
@@ -193,6 +195,13 @@ def _note_changes(module: nn.Module, cls: type[nn.Module], before: dict[str, Any
     # No file holds a buffer that is not persistent, and no fresh model has it in this size.
     hidden = module._non_persistent_buffers_set
     module._non_persistent_buffers_set = hidden - cuts.keys()
+
+
+def _drop_caches(module: nn.Module) -> None:
+    """Forget tensors that a module keeps in dicts of its own: they were computed of larger ones."""
+    for name, value in list(vars(module).items()):
+        if type(value) is dict and name not in MODULE_TABLES:
+            vars(module)[name] = {key: item for key, item in value.items() if not isinstance(item, Tensor)}
 
 
 def _restore_attributes(module: nn.Module, attributes: dict[str, Any]) -> None:

@@ -161,7 +161,7 @@ class Cached(nn.Module):
 
     def forward(self, x):
         if "bias" not in self.cache:
-            self.cache["bias"] = F.softplus(self.bias)
+            self.cache["bias"] = F.softplus(self.bias.detach())
         return self.last((self.first(x) * self.cache["bias"]).relu())
 
 
@@ -169,3 +169,16 @@ def test_caches_of_a_run_are_gone_after_it():
     model, _ = seeded(lambda: (Cached(), None))()
     small = lnn.compress_model(model, X, [lnn.Prune(0.5, granularity="filter")], progress=False).model
     assert (small.first.out_features, small(X).shape, model.cache) == (4, (3, 4), {})
+
+
+def test_caches_do_not_outlive_what_they_were_computed_of():
+    model, _ = seeded(lambda: (Cached(), None))()
+    removals = removals_of(model)
+    before = model(X)
+    cached = model.cache["bias"]
+    undo = remove_units(model, removals)
+    assert model.cache == {}
+    assert model(X).shape == (3, 4)
+    undo()
+    assert model.cache["bias"] is cached
+    assert torch.equal(model(X), before)
