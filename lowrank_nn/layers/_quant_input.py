@@ -35,7 +35,7 @@ class QuantizedInputLayer(LeafLayer):
 
         Args:
             inputs: A tensor, or an iterable of tensors; taken one at a time.
-            observer: ``"minmax"``, ``"percentile"`` or ``"mse"``.
+            observer: ``"minmax"``, ``"percentile"``, ``"mse"`` or ``"entropy"``.
 
         Raises:
             OptionError: There is no such observer.

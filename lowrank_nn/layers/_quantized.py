@@ -148,7 +148,7 @@ class QuantLayer(IntegerLayer):
             activation_bits: Bits per entry of the input, 2 to 8; None leaves the input in floating point.
             inputs: What the layer is called with on typical data, a tensor or an iterable of tensors, to choose the
                 range of the quantized input from.
-            observer: How it is chosen from them: ``"minmax"``, ``"percentile"`` or ``"mse"``.
+            observer: How it is chosen from them: ``"minmax"``, ``"percentile"``, ``"mse"`` or ``"entropy"``.
             input_range: (min, max) in place of ``inputs``, where it was measured already.
             output_range: (min, max) of the output on typical data, for exported graphs.
             metric: What is to be small of the weight's change, from :func:`lowrank_nn.planning.collect_metrics`; None

@@ -46,7 +46,8 @@ class Quantize(Step):
         activations: ``"int2"`` to ``"int8"`` for the inputs of each layer, with ranges measured on the calibration
             batches of ``compress_model``; None leaves activations in floating point.
         scheme: ``"symmetric"`` (one scale per output channel) or ``"affine"`` (one scale and zero point per tensor).
-        observer: How a range is chosen from what was measured: ``"minmax"``, ``"percentile"`` or ``"mse"``.
+        observer: How a range is chosen from what was measured: ``"minmax"``, ``"percentile"``, ``"mse"`` or
+            ``"entropy"``.
         keep_fastest: Whether layers stay in floating point that are timed and found slower in integers. Costs some
             seconds, and bytes where layers stay.
         data_aware: Whether to round weights by what that does on the calibration data; if left out, where there are

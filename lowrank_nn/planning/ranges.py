@@ -46,9 +46,9 @@ def collect_ranges(
         batches: What it is called with, batch by batch; see :func:`lowrank_nn.planning.calibration.model_inputs`. A
             single tensor or dict is one batch.
         paths: Dotted paths of the layers; "" for the model itself.
-        observer: How a range is chosen: ``"minmax"``, ``"percentile"`` (from the 0.01st to the 99.99th) or ``"mse"``
-            (least squared error of quantization to ``bits``).
-        bits: Bits that the inputs will be quantized to; used by ``"mse"``. Outputs are for 8.
+        observer: How a range is chosen: ``"minmax"``, ``"percentile"`` (from the 0.01st to the 99.99th), ``"mse"``
+            (least squared error of quantization to ``bits``) or ``"entropy"`` (least relative entropy to what it does).
+        bits: Bits that the inputs will be quantized to; used by ``"mse"`` and ``"entropy"``. Outputs are for 8.
         max_batches: Batches to take; None for all.
         progress: Whether to show a progress bar (never when the output is not a terminal).
 

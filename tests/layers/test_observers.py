@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lowrank_nn.errors import CalibrationError, OptionError
 from lowrank_nn.layers._observers import (
     BINS,
+    EntropyObserver,
     Histogram,
     MinMaxObserver,
     MSEObserver,
@@ -86,6 +87,44 @@ def test_the_mse_range_clips_an_outlier_at_few_bits_and_less_at_many():
     assert observed(MSEObserver(3), x)[1] < 0.25 * observed(MSEObserver(8), x)[1]
 
 
+def migacz(counts, centers, low, high, levels):
+    """The divergence of Migacz's slides, bin by bin: clipped values in the last bins, levels spread over their bins."""
+    step = (high - low) / levels
+    zero = round(-low / step)
+    chosen = [j for j in range(len(counts)) if counts[j] and low <= centers[j] <= high]
+    if not chosen:
+        return math.inf
+    p, groups = {j: counts[j] for j in chosen}, {}
+    p[chosen[0]] += sum(counts[: chosen[0]])
+    p[chosen[-1]] += sum(counts[chosen[-1] + 1 :])
+    for j in chosen:
+        groups.setdefault(min(max(round(centers[j] / step) + zero, 0), levels), []).append(j)
+    q = {j: sum(counts[i] for i in group) / len(group) for group in groups.values() for j in group}
+    all_p, all_q = sum(p.values()), sum(q.values())
+    return sum(p[j] / all_p * math.log((p[j] / all_p) / (q[j] / all_q)) for j in chosen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_the_entropy_range_is_that_of_migacz(kind, bits):
+    x, levels = draw(4, 3000, kind), 2**bits - 1
+    observer = EntropyObserver(bits)
+    low, high = observed(observer, x, 3)
+    edges, counts = observer.histogram.edges(), observer.histogram.counts.tolist()
+    centers = ((edges[:-1] + edges[1:]) / 2).clip(x.min(), x.max()).tolist()
+    bottom, top = min(x.min(), 0.0), max(x.max(), 0.0)
+    tried = [migacz(counts, centers, share * bottom, share * top, levels) for share in np.linspace(0.02, 1, 99)]
+    found = migacz(counts, centers, low, high, levels)
+    assert found <= min(tried) + 1e-12
+    if bottom == 0:  # only one end to choose
+        assert high == pytest.approx(np.linspace(0.02, 1, 99)[int(np.argmin(tried))] * top)
+
+
+def test_the_entropy_range_clips_outliers_at_few_bits():
+    x = np.append(draw(3, 5000), 40.0)
+    assert observed(EntropyObserver(4), x)[1] < 10
+
+
 @given(st.integers(0, 99), st.lists(st.integers(1, 3999), max_size=6), st.sampled_from(KINDS), st.floats(-20, 20))
 def test_the_histogram_does_not_depend_on_batches_or_order(seed, cuts, kind, exponent):
     x = draw(seed, 4000, kind, 10.0**exponent)
@@ -112,7 +151,7 @@ def test_narrow_dtypes_are_counted_exactly(dtype):
     assert narrow.range() == wide.range()
 
 
-@pytest.mark.parametrize("name", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("name", ["minmax", "percentile", "mse", "entropy"])
 def test_degenerate_values_give_finite_ranges(name):
     for x, expected in (([0.0, 0.0], (0, 0)), ([3.0], (0, 3)), ([-2.0], (-2, 0)), ([0.0, 1e-40], (0, 1e-40))):
         observer = make_observer(name, 8)
@@ -123,13 +162,13 @@ def test_degenerate_values_give_finite_ranges(name):
         assert high == pytest.approx(expected[1], rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("name", ["minmax", "percentile", "mse", "entropy"])
 def test_bad_values_are_refused(name):
     observer = make_observer(name, 8)
     with pytest.raises(CalibrationError, match=r"no values were seen\. Pass at least one"):
         observer.range()
     for bad in (math.nan, math.inf, -math.inf):
-        with pytest.raises(CalibrationError, match=r"holds NaN or infinite values\. Look for"):
+        with pytest.raises(CalibrationError, match=r"there are NaN or infinite values\. Look for"):
             observer.observe(torch.tensor([1.0, bad]))
     with pytest.raises(CalibrationError, match=r"expected floating-point tensors, got a tensor of torch\.int64"):
         observer.observe(torch.tensor([1]))
@@ -138,7 +177,7 @@ def test_bad_values_are_refused(name):
 
 
 def test_bad_options_are_refused():
-    with pytest.raises(OptionError, match="observer: must be one of 'minmax', 'percentile', 'mse', got 'median'"):
+    with pytest.raises(OptionError, match="must be one of 'minmax', 'percentile', 'mse', 'entropy', got 'median'"):
         make_observer("median", 8)
     with pytest.raises(OptionError, match="percentile: must be above 50 and at most 100, got 30"):
         PercentileObserver(30)
