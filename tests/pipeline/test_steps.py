@@ -57,6 +57,15 @@ def test_unknown_options_are_refused_at_once():
         lnn.Apply(lnn.TuckerConv2d, ranks=(4, 4))
 
 
+@pytest.mark.parametrize(
+    "step", [lnn.Apply(lnn.QuantConv2d, where="conv2", bits=9), lnn.Apply(lnn.QuantConv2d, bits=9)]
+)
+def test_errors_of_a_layer_say_where_it_is(net, step):
+    with pytest.raises(lnn.OptionError, match=r"^conv\d: QuantConv2d: bits must be a whole number") as caught:
+        run(net, step)
+    assert caught.value.path == ("conv2" if step.where == "conv2" else "conv1")
+
+
 def test_missing_options_are_an_error_of_ours(net):
     with pytest.raises((lnn.LowRankError, TypeError), match="rank"):
         run(net, lnn.Apply(lnn.TuckerConv2d, where="conv2"))
