@@ -64,13 +64,14 @@ class ChannelGroup:
 
 
 def find_groups(model: nn.Module, example_inputs: Any) -> tuple[ChannelGroup, ...]:
-    """Run ``model`` once and return its channel groups, also the frozen ones, in the order of execution.
+    """Run ``model`` and return its channel groups, also the frozen ones, in the order of execution.
 
     Units are followed through the model's own forward, function by function: control flow may depend on data, layers
     may be shared, parameters used directly. What stands at the same place of an element-wise operation is removed
     together, so a group reaches through residual sums, concatenations, splits, shuffles and attention heads. Units
-    that the model returns, that an operation mixes (a layer normalisation its channels), or that go into a function
-    without a rule (see :func:`lowrank_nn.register_rule`) are frozen. The model and the process are left as they were.
+    that the model returns, that an operation mixes (a softmax its channels), or that go into a function without a
+    rule (see :func:`lowrank_nn.register_rule`) are frozen. A second forward has twice the batch size, if the model
+    takes that. The model and the process are left as they were.
 
     Args:
         model: Any module whose forward runs.
