@@ -69,7 +69,7 @@ class RunningCovariance:
 
 
 def add_squares_(total: Tensor, rows: Tensor, weight: float) -> None:
-    """Add ``weight`` times the products of rows (groups, n, p) to (groups, p, p): on and above its diagonal, in blocks."""
+    """Add ``weight`` times the products of rows (groups, n, p) to (groups, p, p): the diagonal and all above it."""
     for start, stop in _blocks(total):
         total[:, start:stop, start:].add_(rows[..., start:stop].mT @ rows[..., start:], alpha=weight)
 
