@@ -11,7 +11,6 @@ from torch import nn
 
 import lowrank_nn as lnn
 from lowrank_nn.layers import LAYERS
-from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._onednn import is_exact
 
 onnx = pytest.importorskip("onnx")
@@ -176,19 +175,6 @@ def test_onnxruntime_computes_whole_networks_in_integers(net, tmp_path):
     assert (found - dense).norm() < 2 * error
 
 
-def test_the_pairs_are_in_the_layers_only_where_nothing_is_chained(tmp_path):
-    torch.manual_seed(0)
-    x = torch.randn(4, 3, 16, 16)
-    small = quantized(Residual(), x)
-    for layer in small.modules():
-        if isinstance(layer, IntegerLayer):
-            layer.chained = False
-    found, operators = run(small, x, tmp_path)
-    assert operators["QLinearConv"] < 5
-    with torch.no_grad():
-        torch.testing.assert_close(found, small(x), rtol=0, atol=0.02 * float(found.abs().max()))
-
-
 def test_batches_of_any_size(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
@@ -206,12 +192,11 @@ def test_batches_of_any_size(tmp_path):
     np.testing.assert_allclose(one, whole[:1], atol=0.01 * np.abs(whole).max())
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-6])
-def test_biases_of_channels_that_are_nearly_zero_do_not_overflow(scale, tmp_path):
+def test_biases_of_channels_that_are_nearly_zero_do_not_overflow(tmp_path):
     torch.manual_seed(0)
-    x, model = torch.randn(4, 3, 16, 16), Residual()
+    x, model = torch.randn(16, 3, 4, 4), Block()
     with torch.no_grad():
-        for layer in (model.stem, model.one, model.fc):
+        for layer, scale in ((model.stem, 0), (model.body, 1e-6), (model.fc, 1e-12)):
             layer.weight[0] *= scale
             layer.bias[0] = 0.5
     small = quantized(model, x)
