@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_nn.decompose import Metric
 from lowrank_nn.graph.links import Link, find_links
+from lowrank_nn.pipeline.apply import refusal
 from lowrank_nn.pipeline.reconstruct import reconstruct
 from lowrank_nn.pipeline.state import Decision, State, build
 from lowrank_nn.planning import collect_metrics
@@ -49,6 +50,18 @@ def gather(state: State, model: nn.Module, paths: Sequence[str], *, curvature: b
         model, state.calibration, paths, curvature=curvature, seed=state.seed, progress=state.progress
     )
     return Evidence(metrics, find_links(model, state.example_inputs))
+
+
+def gather_once(state: State, *, curvature: bool) -> Evidence:
+    """Return what the data say about the given model, or what is left of it; computed once for all dry runs."""
+    model, recording = state.base
+    key: Any = (Evidence, curvature, model)
+    if key not in state.cache:
+        layers = [site for site in recording.sites if site.inside is None and not refusal(site)]
+        paths = [site.path for site in layers if isinstance(site.layer, (nn.Conv2d, nn.Linear))]
+        state.cache[key] = gather(state, model, paths, curvature=curvature)
+    found: Evidence = state.cache[key]
+    return found
 
 
 def carry_out(

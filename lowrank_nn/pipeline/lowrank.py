@@ -15,7 +15,7 @@ from lowrank_nn.errors import BudgetError, CalibrationError, OptionError, PlanEr
 from lowrank_nn.graph import Site
 from lowrank_nn.layers import LAYERS, LowRankLayer, RankRule, SVDConv2d, SVDLinear, TuckerConv2d
 from lowrank_nn.pipeline.apply import class_for, decide_layer, refusal
-from lowrank_nn.pipeline.evidence import Evidence, carry_out, changed_since_given, gather
+from lowrank_nn.pipeline.evidence import carry_out, changed_since_given, gather, gather_once
 from lowrank_nn.pipeline.select import Patterns, select, strictest
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning import Budget, Candidate, Clock, SiteCandidates, TimedCandidates
@@ -138,7 +138,7 @@ class LowRank(Step):
         if changed_since_given(state):
             evidence = gather(state, state.model, paths, curvature=self.curvature)
         else:
-            evidence = self._evidence(state)
+            evidence = gather_once(state, curvature=self.curvature)
         carry_out("LowRank", state, decisions, evidence, sequential=self.reconstruct)
 
     def _uses_data(self, state: State) -> bool:
@@ -154,17 +154,6 @@ class LowRank(Step):
         if self.data_aware is None:
             return self.rank is None and state.calibration is not None
         return self.data_aware
-
-    def _evidence(self, state: State) -> Evidence:
-        """Return what the data say about the given model, or what is left of it; computed once."""
-        model, recording = state.base
-        key: Any = (Evidence, self.curvature, model)
-        if key not in state.cache:
-            layers = [site for site in recording.sites if site.inside is None and not refusal(site)]
-            paths = [site.path for site in layers if isinstance(site.layer, (nn.Conv2d, nn.Linear))]
-            state.cache[key] = gather(state, model, paths, curvature=self.curvature)
-        found: Evidence = state.cache[key]
-        return found
 
     def _classes(self) -> tuple[type[LowRankLayer], ...]:
         every = tuple(cls for cls in LAYERS.values() if issubclass(cls, LowRankLayer))
@@ -236,7 +225,7 @@ class LowRank(Step):
             return SiteCandidates(site.path, [], note)
         if not isinstance(site.layer, (nn.Conv2d, nn.Linear)):
             return SiteCandidates(site.path, [], f"it is a {type(site.layer).__name__} already: put LowRank first")
-        metric = self._evidence(state).metric(site.path) if self._uses_data(state) else None
+        metric = gather_once(state, curvature=self.curvature).metric(site.path) if self._uses_data(state) else None
         width = 1 if state.clock is None else state.clock.vector_width
         key: Any = (LowRank, state.base[0], site.path, *self._kind(), metric is not None, self.curvature, width)
         if key not in state.cache:

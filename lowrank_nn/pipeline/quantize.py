@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,8 @@ from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._kernel import obstacle
 from lowrank_nn.layers.bfloat16 import BFloat16Layer, bfloat16_obstacle
 from lowrank_nn.pipeline.apply import class_for, decide_layer
-from lowrank_nn.pipeline.evidence import carry_out, gather
+from lowrank_nn.pipeline.bits import share_out_bits
+from lowrank_nn.pipeline.evidence import carry_out, gather, gather_once
 from lowrank_nn.pipeline.fastest import slower_layers
 from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State, Step
@@ -41,8 +43,11 @@ class Quantize(Step):
     given network gave, out of what the quantized layers before it produce.
 
     Args:
-        weights: ``"int2"`` to ``"int8"``; or ``"bf16"``, which takes no other option but ``where`` and ``but_not``:
-            half the bytes, and products in bfloat16 where the CPU has them, which needs no calibration.
+        weights: ``"int2"`` to ``"int8"``; or several of these, such as ``["int3", "int4", "int6"]``, of which each
+            layer gets one, all chosen together so that the network's output changes little under
+            ``Budget(bytes=...)``, by the same knapsack as the ranks of ``LowRank``; or ``"bf16"``, which takes no other
+            option but ``where`` and ``but_not``: half the bytes, and products in bfloat16 where the CPU has them, which
+            needs no calibration.
         activations: ``"int2"`` to ``"int8"`` for the inputs of each layer, with ranges measured on the calibration
             batches of ``compress_model``; None leaves activations in floating point.
         scheme: ``"symmetric"`` (one scale per output channel) or ``"affine"`` (one scale and zero point per tensor).
@@ -69,7 +74,7 @@ class Quantize(Step):
 
     def __init__(
         self,
-        weights: str = "int8",
+        weights: str | Sequence[str] = "int8",
         *,
         activations: str | None = None,
         scheme: str = "symmetric",
@@ -88,7 +93,7 @@ class Quantize(Step):
                 "Quantize: 'bf16' takes no option but where and but_not: numbers are rounded as they are. Leave the "
                 "others out."
             )
-        self.bits = _bits("weights", weights) if integers else 16
+        self.widths = _widths(weights) if integers else (16,)
         self.activation_bits = None if activations is None else _bits("activations", activations)
         if keep_fastest and activations is None:
             raise OptionError(
@@ -102,16 +107,22 @@ class Quantize(Step):
     def __repr__(self) -> str:
         if self.weights == "bf16":
             return "Quantize('bf16')"
+        names = [f"int{bits}" for bits in self.widths]
         activations = "" if self.activation_bits is None else f", activations='int{self.activation_bits}'"
         fastest = ", keep_fastest=True" if self.keep_fastest else ""
-        return f"Quantize('int{self.bits}'{activations}, scheme={self.scheme!r}{fastest})"
+        return f"Quantize({names if self.allocates() else names[0]!r}{activations}, scheme={self.scheme!r}{fastest})"
+
+    def allocates(self) -> bool:
+        """Whether the bits of each layer come from the budget."""
+        return len(self.widths) > 1
 
     def decide(self, state: State) -> list[Decision]:
         """Decide for each matching layer.
 
         Raises:
-            PlanError: A pattern matches nothing.
-            CalibrationError: Activations are to be quantized and there are no calibration batches.
+            PlanError: A pattern matches nothing, or there are several widths and no budget of bytes.
+            CalibrationError: Activations are to be quantized, or data heeded, and there are no calibration batches.
+            BudgetError: There are several widths, and the smallest do not meet the budget.
         """
         if self.activation_bits is not None and state.calibration is None:
             raise CalibrationError(
@@ -121,7 +132,7 @@ class Quantize(Step):
         integers = self.weights != "bf16"
         options: dict[str, Any] = {}
         if integers:
-            options = {"bits": self.bits, "scheme": self.scheme, "activation_bits": self.activation_bits}
+            options = {"bits": max(self.widths), "scheme": self.scheme, "activation_bits": self.activation_bits}
         fitting = {site.path: class_for(site, _CLASSES[integers]) for site in state.sites()}
         sites = [site for site in state.sites() if fitting[site.path] is not None]
         decisions = []
@@ -129,6 +140,9 @@ class Quantize(Step):
             cls = fitting[site.path]
             assert cls is not None
             decisions.append(decide_layer(state, site, cls, options, self._stand_ins()))
+        if self.allocates():
+            evidence = gather_once(state, curvature=True) if self._uses_data(state) else None
+            decisions = share_out_bits(state, decisions, self.widths, evidence, self._stand_ins())
         if not self.keep_fastest:
             return decisions
         slower = slower_layers(state, decisions)
@@ -136,7 +150,7 @@ class Quantize(Step):
 
     def execute(self, state: State, decisions: list[Decision]) -> None:
         """Replace the layers as decided, and let them hand integers to each other."""
-        if state.dry or not self._rounds_on_data(state):
+        if state.dry or not self._uses_data(state):
             super().execute(state, decisions)
         else:
             self._round_on_data(state, decisions)
@@ -149,7 +163,7 @@ class Quantize(Step):
             if reason:
                 state.remark(decision.path, f"Quantize: simulated in floating point: {reason}")
 
-    def _rounds_on_data(self, state: State) -> bool:
+    def _uses_data(self, state: State) -> bool:
         """Whether the calibration data have a say in how weights are rounded.
 
         Raises:
@@ -160,7 +174,7 @@ class Quantize(Step):
                 "Quantize: data_aware needs calibration batches. Pass compress_model(..., calibration=batches)."
             )
         if self.data_aware is None:
-            return state.calibration is not None and self.bits < 8
+            return state.calibration is not None and min(self.widths) < 8
         return self.data_aware
 
     def _round_on_data(self, state: State, decisions: list[Decision]) -> None:
@@ -199,8 +213,15 @@ def _obstacle(layer: nn.Module) -> str:
     return obstacle(layer) if isinstance(layer, IntegerLayer) and layer.activation_bits is not None else ""
 
 
+def _widths(weights: str | Sequence[str]) -> tuple[int, ...]:
+    names = [weights] if isinstance(weights, str) else list(weights)
+    if not names:
+        raise OptionError("Quantize: weights must name at least one width, 'int2' to 'int8', got none.")
+    return tuple(sorted({_bits("weights", name) for name in names}))
+
+
 def _bits(name: str, value: str) -> int:
-    found = re.fullmatch(r"int([2-8])", value)
+    found = re.fullmatch(r"int([2-8])", value) if isinstance(value, str) else None
     if found is None:
         other = " or 'bf16'" if name == "weights" else ""
         raise OptionError(f"Quantize: {name} must be 'int2' to 'int8'{other}, got {value!r}.")

@@ -59,7 +59,9 @@ def alds_candidates(
     except UnsupportedLayerError as error:
         return SiteCandidates(site.path, [_dense(site, layer)], error.message)
     table = low_rank_candidates(site, layer, splitting, multiple=multiple)
-    norms = {(cls, str(variant)): _relative_norms(cls, variant, layer) for cls in splitting for variant in cls.formats}
+    norms: dict[tuple[type[nn.Module], str], Floats] = {
+        (cls, str(variant)): _relative_norms(cls, variant, layer) for cls in splitting for variant in cls.formats
+    }
 
     def compared(candidate: Candidate) -> float:
         if candidate.layer_class is None:

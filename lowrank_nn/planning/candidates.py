@@ -15,7 +15,7 @@ from lowrank_nn.cost import Cost
 from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Site
-from lowrank_nn.layers import LowRankLayer, Positions, RankProblem, read_layer
+from lowrank_nn.layers import CompressedLayer, LowRankLayer, Positions, RankProblem, read_layer
 from lowrank_nn.layers._ranks import IntArray, aligned
 from lowrank_nn.planning.budget import Budget
 from lowrank_nn.planning.choices import Choices, Floats
@@ -36,7 +36,7 @@ class Candidate:
         compared: What the allocation is to compare in place of the error, if anything.
     """
 
-    layer_class: type[LowRankLayer] | None
+    layer_class: type[CompressedLayer] | None
     options: dict[str, Any]
     error: float
     cost: Cost

@@ -252,3 +252,66 @@ def test_rounding_on_data_is_repeatable_and_leaves_the_model_alone(deep):
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name])
     assert all(torch.equal(tensor, before[name]) for name, tensor in deep.state_dict().items())
+
+
+ALL = [f"int{bits}" for bits in range(2, 9)]
+
+
+def bits_of(model):
+    kinds = (lnn.QuantConv2d, lnn.QuantLinear)
+    return {path: layer.bits for path, layer in model.named_modules() if isinstance(layer, kinds)}
+
+
+@pytest.mark.parametrize("calibration", [BATCHES, None])
+def test_bits_are_shared_out_under_a_budget_of_bytes(deep, calibration):
+    def compressed(weights, share):
+        result = lnn.compress_model(
+            deep,
+            TEST[:1],
+            [lnn.FoldBatchNorm(), lnn.Quantize(weights)],
+            budget=lnn.Budget(bytes=share),
+            calibration=calibration,
+            progress=False,
+        )
+        with torch.no_grad():
+            return float((result.model(TEST) - deep(TEST)).square().sum()), result
+
+    uniform, even = compressed("int4", 1.0)
+    share = even.report.after.bytes / even.report.before.bytes
+    mixed, result = compressed(ALL, share)
+    assert result.report.after.bytes <= even.report.after.bytes
+    assert result.report.after.bytes == result.plan.after.bytes
+    assert len(set(bits_of(result.model).values())) > 1
+    if calibration is not None:
+        assert mixed < 1.1 * uniform
+    generous = compressed(["int4", "int8"], 1.0)[1]
+    assert set(bits_of(generous.model).values()) == {8}
+    rows = {row.path: row for row in result.report.rows}
+    assert all(f"bits={bits}" in str(rows[path]) for path, bits in bits_of(result.model).items())
+
+
+def test_bits_of_factors_and_after_low_rank_fit_the_whole_budget(deep):
+    for first in (lnn.Apply(lnn.TuckerConv2d, where="conv1", rank=(8, 8)), lnn.LowRank(formats=[lnn.SVDConv2d])):
+        result = lnn.compress_model(
+            deep,
+            TEST[:1],
+            [first, lnn.FoldBatchNorm(), lnn.Quantize(ALL)],
+            budget=lnn.Budget(bytes=0.11),
+            calibration=BATCHES,
+            progress=False,
+        )
+        assert 0.09 < result.report.after.bytes / result.report.before.bytes <= 0.11
+        assert len(bits_of(result.model)) >= 4
+
+
+def test_what_cannot_be_shared_out_is_refused(deep):
+    step = lnn.Quantize(["int4", "int8"])
+    assert repr(step) == "Quantize(['int4', 'int8'], scheme='symmetric')"
+    with pytest.raises(lnn.PlanError, match=r"shared out under a budget of bytes\. Pass budget=Budget\(bytes"):
+        lnn.plan(deep, TEST[:1], step)
+    with pytest.raises(lnn.BudgetError, match=r"bytes=0\.05 cannot be met with 4 to 8 bits \(least possible 0\.[12]"):
+        lnn.plan(deep, TEST[:1], step, budget=lnn.Budget(bytes=0.05))
+    with pytest.raises(lnn.OptionError, match="must name at least one width"):
+        lnn.Quantize([])
+    with pytest.raises(lnn.OptionError, match="weights must be 'int2' to 'int8'"):
+        lnn.Quantize(["int4", "int9"])
