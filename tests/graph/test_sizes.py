@@ -75,6 +75,27 @@ def test_unequal_parts_lose_channels_each_on_its_own(split, kind):
     assert model.sizes == kind((8, 2, 6))
 
 
+class Grouped(Uneven):
+    """Two parts have the same attribute for a size."""
+
+    def __init__(self):
+        super().__init__((), None)
+        self.query, self.key = 8, 4
+
+    def forward(self, x):
+        a, b, c = self.first(x).split([self.query, self.key, self.key], -1)
+        return self.last(torch.cat([a.relu(), b.sigmoid(), c.tanh()], -1))
+
+
+def test_parts_whose_sizes_are_one_attribute_lose_the_same():
+    model, _ = seeded(lambda: (Grouped(), None))()
+    removals = removals_of(model)
+    assert [removal.group.size for removal in removals] == [8, 4]
+    assert prove(model, removals, X).proven == tuple(removals)
+    remove_units(model, removals)
+    assert (model.query, model.key) == (7, 3)
+
+
 @pytest.mark.parametrize("how", RESHAPES.values(), ids=RESHAPES)
 def test_widths_that_a_reshape_takes(how):
     model, _ = seeded(lambda: (Reshaped(how), None))()
