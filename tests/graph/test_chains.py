@@ -57,6 +57,17 @@ def relative_error(found, expected):
     return float((found - expected).norm() / expected.norm().clamp(min=1e-9))
 
 
+def test_quantize_keeps_the_ranges_of_outputs_and_files_do_too(tmp_path):
+    model, x = nn.Sequential(conv(4, 8), nn.ReLU(), conv(8, 4, seed=1)), image()
+    small = quantized(model, x)
+    with torch.no_grad():
+        first = model[0](x)
+    expected = [first.min(), first.max()]
+    torch.testing.assert_close(torch.tensor(small[0].output_range), torch.tensor(expected), rtol=1e-5, atol=0)
+    lnn.save(small, tmp_path / "small.lnn")
+    assert lnn.load(tmp_path / "small.lnn", model)[0].output_range == small[0].output_range
+
+
 class Residual(nn.Module):
     """A shortcut, a shortcut with a convolution, a pooling and branches that are joined."""
 

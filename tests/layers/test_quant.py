@@ -186,7 +186,7 @@ BAD_CALLS = [
     (
         {"activation_bits": 8, "inputs": torch.ones(2), "observer": "median"},
         OptionError,
-        "observer: must be one of 'minmax', 'percentile', 'mse', got 'median'",
+        "observer: must be one of 'minmax', 'percentile', 'mse', 'entropy', got 'median'",
     ),
     (
         {"activation_bits": 8, "input_range": (2, 1)},
@@ -198,6 +198,13 @@ BAD_CALLS = [
         CalibrationError,
         "QuantLinear: the input range must be two finite numbers",
     ),
+    (
+        {"output_range": (2, 1)},
+        OptionError,
+        r"QuantLinear: output_range must be two finite numbers \(min, max\), got \(2, 1\)",
+    ),
+    ({"output_range": (0, math.nan)}, OptionError, "QuantLinear: output_range must be two finite numbers"),
+    ({"output_range": (0, 1, 2)}, OptionError, "QuantLinear: output_range must be two finite numbers"),
 ]
 
 
