@@ -75,6 +75,20 @@ def test_weights_are_the_nearest_and_take_two_bytes():
     assert torch.equal(layer.weight, dense.weight.bfloat16().double())
 
 
+def test_casts_leave_the_weight_in_two_bytes_and_whole():
+    dense = linear()
+    layer = BFloat16Linear.from_pretrained_layer(dense)
+    with torch.no_grad():
+        layer.kernel[0, 0] = 2.0**-30  # half precision would make it zero
+    kernel = layer.kernel.clone()
+    for dtype, width in ((torch.float16, 2), (torch.float64, 8), (torch.float32, 4)):
+        layer.to(dtype)
+        assert layer.kernel.dtype is torch.bfloat16
+        assert torch.equal(layer.kernel, kernel)
+        assert layer.weight.dtype is layer.bias.dtype is dtype
+        assert layer.cost((1, 12)).bytes == 2 * 108 + width * 9
+
+
 @needs_kernels
 def test_kernels_are_for_evaluation_and_follow_the_layer():
     layer, x = BFloat16Conv2d.from_pretrained_layer(dense_conv(torch.float32, kernel_size=3)).eval(), randn(1, 4, 6, 6)
