@@ -211,5 +211,7 @@ def draw_factors_(layer: CompressedConv2d | CompressedLinear, terms: int) -> Non
     stages = list(layer.stages())
     std = (1 / (3 * layer.fan_in * terms)) ** (1 / (2 * len(stages)))
     for stage in stages:
-        stage.get_parameter("weight").normal_(0, std)
+        weight = stage.weight  # of a pruned or quantized stage a copy: that stage draws its own numbers
+        assert isinstance(weight, Tensor)
+        weight.normal_(0, std)
     draw_bias_(layer.bias if isinstance(layer.bias, Tensor) else None, layer.fan_in)
