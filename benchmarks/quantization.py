@@ -20,16 +20,23 @@ from torch import Tensor, nn
 import lowrank_nn as lnn
 from lowrank_nn.storage import packed_size
 
+Recipes = dict[str, tuple[list[lnn.Step], lnn.Budget | None]]
 
-def recipes(bits: list[int]) -> dict[str, tuple[list[lnn.Step], lnn.Budget | None]]:
+
+def recipes(dense: nn.Module, example: Tensor, bits: list[int]) -> Recipes:
     """Return the steps and the budget by name."""
     quantize, fold = lnn.Quantize, lnn.FoldBatchNorm()
-    found: dict[str, tuple[list[lnn.Step], lnn.Budget | None]] = {}
+    found: Recipes = {}
     for width in bits:
         name = f"int{width}"
         found[f"{name}, nearest"] = ([fold, quantize(name, data_aware=False)], None)
         found[f"{name}, on data, not in order"] = ([fold, quantize(name, data_aware=True, reconstruct=False)], None)
         found[f"{name}, on data"] = ([fold, quantize(name, data_aware=True)], None)
+        planned = lnn.plan(dense, example, [fold, quantize(name)], progress=False)
+        found[f"int2 to int8, the bytes of {name}"] = (
+            [fold, quantize([f"int{choice}" for choice in range(2, 9)])],
+            lnn.Budget(bytes=planned.after.bytes / planned.before.bytes),
+        )
     found["int8, inputs too"] = ([fold, quantize("int8", activations="int8")], None)
     found["LowRank 3x, int8, inputs too"] = (
         [lnn.LowRank(), fold, quantize("int8", activations="int8")],
@@ -57,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"bytes. Calibration: 512 training images. Seed 0. torch {torch.__version__}\n"
     )
     print("| weights | accuracy | change of the logits | file bytes |\n|" + " --- |" * 4, flush=True)
-    for name, (steps, budget) in recipes(arguments.bits).items():
+    for name, (steps, budget) in recipes(dense, images[:1], arguments.bits).items():
         small = lnn.compress_model(dense, images[:1], steps, budget=budget, calibration=calibration).model
         z, size = logits(small, images), packed_size(small)
         change = float((z - expected).square().sum() / expected.square().sum())
