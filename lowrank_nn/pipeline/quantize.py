@@ -129,6 +129,7 @@ class Quantize(Step):
                 "Quantize: activations need calibration batches. Pass compress_model(..., calibration=batches), or "
                 "leave activations=None to quantize weights only."
             )
+        on_data = self._uses_data(state)
         integers = self.weights != "bf16"
         options: dict[str, Any] = {}
         if integers:
@@ -141,7 +142,7 @@ class Quantize(Step):
             assert cls is not None
             decisions.append(decide_layer(state, site, cls, options, self._stand_ins()))
         if self.allocates():
-            evidence = gather_once(state, curvature=True) if self._uses_data(state) else None
+            evidence = gather_once(state, curvature=True) if on_data else None
             decisions = share_out_bits(state, decisions, self.widths, evidence, self._stand_ins())
         if not self.keep_fastest:
             return decisions

@@ -230,7 +230,7 @@ def test_with_eight_bits_or_without_data_weights_are_the_nearest(deep):
 
 def test_rounding_on_data_needs_data(deep):
     with pytest.raises(lnn.CalibrationError, match="Quantize: data_aware needs calibration batches"):
-        change(deep, [], weights="int4", calibration=None, data_aware=True)
+        lnn.plan(deep, TEST[:1], lnn.Quantize("int4", data_aware=True), progress=False)
 
 
 def test_pruned_layers_and_factors_are_rounded_on_data_too(deep):
