@@ -12,6 +12,7 @@ from lowrank_nn.planning.patches import PatchSampler
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT = 4  # every fourth image
+NOISE = 1e-9  # share of the output's energy up to which a gain is rounding error, as where nothing ahead has changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +172,12 @@ def choose_ridge(sums: MomentSums, weight: Tensor, curvature: Tensor | None, *, 
     """
     if not sums.has_held_out:
         return None
-    parts = (sums.moments(part) for part in (0, 1))
-    seen, held = ((part.raw() if about_zero else part).left_by(weight) for part in parts)
-    best, most = None, 0.0
+    seen, held = (sums.moments(part) for part in (0, 1))
+    if about_zero:
+        seen, held = seen.raw(), held.raw()
+    weighted = weight if curvature is None else curvature @ weight
+    best, most = None, NOISE * abs(float((weighted * held.cross).sum()))
+    seen, held = seen.left_by(weight), held.left_by(weight)
     for ridge in RIDGES:
         gain = held.gain(seen.least_squares(ridge), curvature)
         if gain > most:

@@ -52,7 +52,7 @@ ZOO_BATCHES = {
     "unet": lambda: images(32, 3, 16).split(8),
     "vit": lambda: images(64, 3, 32).split(16),
     "crnn": lambda: images(32, 1, 24).split(8),
-    "control_flow": lambda: [{"image": 1 + x, "options": {"settled": 0.3}} for x in images(48, 3, 8).split(16)],
+    "control_flow": lambda: [{"image": 1 + x, "options": {"settled": 0.3}} for x in images(96, 3, 8).split(16)],
 }
 
 

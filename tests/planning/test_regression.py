@@ -113,6 +113,9 @@ def test_the_ridge_is_least_where_there_are_many_data_and_none_where_there_is_no
         assert chosen(layer, many, other(many)) == RIDGES[0]
         assert chosen(layer, many, other(many), about_zero=True) == RIDGES[0]
         assert chosen(layer, few, layer(few) + torch.randn(40, 10)) is None
+        for seed in range(5):  # only rounding errors are left to learn
+            x = torch.randn(4000, 20, generator=torch.Generator().manual_seed(seed))
+            assert chosen(layer, x, layer(x)) is None
         between = chosen(layer, few, layer(few) + other(few) + 0.3 * torch.randn(40, 10))
     assert between is not None
     assert between > RIDGES[0]
