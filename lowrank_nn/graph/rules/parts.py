@@ -40,7 +40,7 @@ def split(call: Call) -> list[Planes]:
     given = list(flat_sizes([*call.args[1:2], *named]))
     kept_by = [size.source for size in given if isinstance(size, TracedSize)]
     if len(given) == len(sizes) == len(kept_by):
-        for parts in (plane.split(sizes, dim) for plane in call.first.planes if plane.shape[dim] > 1):
+        for parts in (torch.split_with_sizes(p, sizes, dim) for p in call.first.planes if p.shape[dim] > 1):
             for source, part in zip(kept_by, parts, strict=True):  # parts of which one number is the size lose the same
                 call.units.unite(parts[kept_by.index(source)], part, f"meets what stays in {call.where}")
         results = moved(call, call.first)
