@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lowrank_nn.decompose._gram import leading_eigenvectors
 from lowrank_nn.decompose.metric import Metric
-from lowrank_nn.decompose.weighted import output_roots, ridge
-from lowrank_nn.errors import OptionError
+from lowrank_nn.decompose.weighted import RIDGES, not_semidefinite, output_roots, ridge
 
 
 class Regression:
@@ -82,14 +81,11 @@ def regressions(weight: Tensor, metric: Metric, r_out: int | None) -> Iterator[R
     Raises:
         OptionError: All were asked for.
     """
-    for ridges in (1.0, 1e3, 1e5, 1e7):
+    for ridges in RIDGES:
         regression = Regression(weight, metric, r_out, ridges)
         if regression.is_regular:
             yield regression
-    raise OptionError(
-        "metric: the covariance is not positive semidefinite. Collect it again, with collect_metrics or as the mean of "
-        "the patches' outer products in float64."
-    )
+    raise not_semidefinite()
 
 
 class Point:

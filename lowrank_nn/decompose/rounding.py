@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_nn.decompose.weighted import RIDGES, not_semidefinite, ridge
+
 BLOCK = 128
-RIDGE = 1e-9
 
 
 def round_jointly(points: Tensor, covariance: Tensor, low: Tensor, high: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -30,6 +31,9 @@ def round_jointly(points: Tensor, covariance: Tensor, low: Tensor, high: Tensor,
 
     Returns:
         Integers as floating-point numbers, of the shape of ``points``.
+
+    Raises:
+        OptionError: The covariance is not positive semidefinite.
 
     References:
         Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers".
@@ -63,10 +67,15 @@ def _sweep(points: Tensor, root: Tensor, bounds: list[Tensor], kept: Tensor | No
 
 
 def _upper_root(covariance: Tensor, order: Tensor) -> Tensor:
-    """Return the upper triangular M with M M^T = C, rows and columns in the given order."""
+    """Return the upper triangular M with M M^T = C, rows and columns in the given order; C gets the ridge it needs."""
     groups = torch.arange(len(order), device=order.device)[:, None, None]
-    ordered = covariance[groups, order[:, :, None], order[:, None]]
-    size = ordered.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(ordered.dtype).tiny / RIDGE)
-    ordered.diagonal(dim1=1, dim2=2).add_(RIDGE * size[:, None])
-    lower: Tensor = torch.linalg.cholesky(ordered.flip(1, 2))
-    return lower.flip(1, 2)
+    last_first = order.flip(1)
+    matrices = covariance[groups, last_first[:, :, None], last_first[:, None]]
+    diagonal = matrices.diagonal(dim1=1, dim2=2)
+    step = ridge(diagonal)
+    for times in RIDGES:
+        diagonal += times * step
+        lower, failed = torch.linalg.cholesky_ex(matrices)
+        if not bool(failed.any()):
+            return lower.flip(1, 2)
+    raise not_semidefinite()

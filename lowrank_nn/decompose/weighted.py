@@ -8,10 +8,12 @@ from torch import Tensor
 from lowrank_nn.decompose._gram import column_signs, leading_eigenvectors
 from lowrank_nn.decompose.metric import Metric, Roots, square_root
 from lowrank_nn.decompose.svd import truncated_svd
+from lowrank_nn.errors import OptionError
 
 # What the data never show still counts this little, against the mean of what they do show: it settles ties, so that
 # singular matrices need no case of their own.
 _RIDGE = 1e-9
+RIDGES = (1.0, 1e3, 1e5, 1e7)  # times that it is tried to be: sums in float32 leave eigenvalues below zero
 ROOT_FLOOR = 1e-12  # for square roots of matrices with a ridge: only stops eigenvalues that rounding made negative
 
 
@@ -107,7 +109,15 @@ def output_roots(metric: Metric, channels: int) -> Roots:
 def ridge(diagonal: Tensor) -> Tensor:
     """Return what to add to matrices (groups, n, n) of this diagonal (groups, n) against singularity: (groups, 1)."""
     mean = diagonal.mean(-1, keepdim=True)
-    return torch.where(mean > 0, _RIDGE * mean, 1.0)
+    return torch.where(mean > 0, (_RIDGE * mean).clamp(min=torch.finfo(mean.dtype).tiny), 1.0)
+
+
+def not_semidefinite() -> OptionError:
+    """Return the error of a covariance that is not positive definite with the largest ridge either."""
+    return OptionError(
+        "metric: the covariance is not positive semidefinite. Collect it again, with collect_metrics or as the mean of "
+        "the patches' outer products in float64."
+    )
 
 
 def is_seen(metric: Metric) -> Tensor:

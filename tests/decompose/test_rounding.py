@@ -8,6 +8,7 @@ import torch
 
 from lowrank_nn.decompose import round_jointly
 from lowrank_nn.decompose.rounding import BLOCK
+from lowrank_nn.errors import OptionError
 from tests.layers.metrics import random_covariances
 
 
@@ -94,10 +95,42 @@ def test_entries_that_are_not_kept_are_zero_and_the_others_make_up_for_them(diag
 def test_a_singular_covariance_is_no_obstacle():
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(1, 4, 20, generator=generator, dtype=torch.float64)
-    for covariance in (random_covariances(1, 20, generator, rank=2), torch.zeros(1, 20, 20, dtype=torch.float64)):
-        rounded = round_jointly(points, covariance, *bounds(-2, 2))
-        assert (rounded == rounded.round()).all()
-        assert (rounded.abs() <= 2).all()
+    covariance = random_covariances(1, 20, generator, rank=2)
+    rounded = round_jointly(points, covariance, *bounds(-2, 2))
+    assert (rounded == rounded.round()).all()
+    assert (rounded.abs() <= 2).all()
+    nearest = points.round().clamp(-2, 2)
+    assert error(points, rounded, covariance).sum() < 0.1 * error(points, nearest, covariance).sum()
+
+
+@pytest.mark.parametrize("variance", [0.0, 1e-320, 1e-200])
+def test_a_group_whose_inputs_hardly_vary_is_rounded_to_the_nearest(variance):
+    points, covariance = problem(2, 4, 20)
+    alone = round_jointly(points[:1], covariance[:1], *bounds(-2, 2))
+    covariance[1] = variance * torch.eye(20)
+    rounded = round_jointly(points, covariance, *bounds(-2, 2))
+    torch.testing.assert_close(rounded[:1], alone)
+    torch.testing.assert_close(rounded[1], points[1].round().clamp(-2, 2))
+
+
+def test_negative_eigenvalues_of_sums_in_float32_are_no_obstacle():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 2, generator=generator) @ torch.randn(2, 100, generator=generator)
+    exact, summed = (x.double().T @ x.double())[None] / 300, (x.T @ x).double()[None] / 300
+    assert torch.linalg.cholesky_ex(summed + 1e-8 * torch.eye(100)).info.any()
+    points = torch.randn(1, 4, 100, generator=generator, dtype=torch.float64)
+    nearest, rounded = points.round().clamp(-2, 2), round_jointly(points, summed, *bounds(-2, 2))
+    assert error(points, rounded, exact).sum() < 0.01 * error(points, nearest, exact).sum()
+    narrow = round_jointly(points.float(), summed.float(), *bounds(-2, 2)).double()
+    assert error(points, narrow, exact).sum() < 0.01 * error(points, nearest, exact).sum()
+
+
+@pytest.mark.parametrize("wrong", [-0.5, float("nan")])
+def test_what_is_no_covariance_is_refused(wrong):
+    points, covariance = problem(1, 4, 20)
+    covariance[0, 3, 3] = wrong
+    with pytest.raises(OptionError, match=r"the covariance is not positive semidefinite\. Collect it again"):
+        round_jointly(points, covariance, *bounds(-2, 2))
 
 
 @pytest.mark.cuda
