@@ -1,9 +1,9 @@
-"""Pictures: what each layer had to choose from, its spectrum, and accuracy against size over a sweep."""
+"""Pictures of the layers: what each had to choose from, and its spectrum."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from torch import nn
 from lowrank_nn.errors import MissingExtraError, OptionError
 from lowrank_nn.planning import Candidate, LayerChoices
 from lowrank_nn.planning.layer_choices import Spectrum
-from lowrank_nn.report.render import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +28,6 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 0.65, 1.4, 0.8, 0.6
 _ONE_ROW = 6  # panels
 _FLOOR = 1e-3  # singular values below this share of the largest are not drawn
 _COSTS = {"params": "parameters", "macs": "MACs", "bytes": "bytes", "latency": "measured time"}
-_QUANTITIES = {"params": "parameters", "macs": "multiply-accumulates", "bytes": "bytes", "ms": "latency (ms)"}
 
 
 def candidates_figure(choices: Sequence[LayerChoices], cost: str = "params", most: int = 30) -> Figure:
@@ -63,7 +61,7 @@ def candidates_figure(choices: Sequence[LayerChoices], cost: str = "params", mos
     panels[0].set_xlim(left=min(panels[0].get_xlim()[0], 0.09))
     panels[0].set_ylim(-0.05, 1.05)
     for index, name in enumerate(names):
-        panels[0].plot([], [], linestyle="none", label=name, **_style(index))
+        panels[0].plot([], [], linestyle="none", label=name, **style(index))
     panels[0].plot([], [], linestyle="none", label="chosen", **_CHOSEN)
     _label(figure, f"{_COSTS[cost]} kept (% of the dense layer)", "relative error", panels[0])
     _entitle(figure, "Candidates of each layer, and the chosen one", len(shown), len(known))
@@ -105,37 +103,6 @@ def spectra_figure(choices: Sequence[LayerChoices], model: nn.Module, most: int 
     return figure
 
 
-def sweep_figure(rows: Iterable[Mapping[str, Any]], metric: str = "accuracy") -> Figure:
-    """Draw a metric against what the models cost, one line per method.
-
-    Args:
-        rows: One per model: the metric, any of ``params``, ``macs``, ``bytes`` and ``ms``, and the name of the method
-            under ``method``. Rows of the method ``"dense"`` are drawn as a level to compare with.
-        metric: Key of the metric in ``rows``, and the label of its axis.
-
-    Raises:
-        OptionError: A row has no metric, or no cost is in all rows.
-        MissingExtraError: matplotlib is not installed.
-    """
-    rows = list(rows)
-    wanted = [key for key in _QUANTITIES if rows and all(key in row for row in rows)]
-    if not wanted or not all(metric in row for row in rows):
-        raise OptionError(
-            f"plot_sweep: every row needs {metric!r} and the same of {', '.join(map(repr, _QUANTITIES))}; got rows "
-            f"with {', '.join(sorted({key for row in rows for key in row})) or 'nothing'}."
-        )
-    figure = _figure((1 + 3.4 * len(wanted), 3.4))
-    figure.set_layout_engine("constrained", wspace=0.08)
-    panels = list(figure.subplots(1, len(wanted), squeeze=False, sharey=True)[0])
-    for axes, key in zip(panels, wanted, strict=True):
-        _draw_sweep(axes, rows, key, metric)
-    panels[0].set_ylabel(metric)
-    handles, labels = panels[0].get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    return figure
-
-
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of the file's ending.
 
@@ -148,20 +115,23 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_sweep(rows: Iterable[Mapping[str, Any]], path: str | Path, *, metric: str = "accuracy") -> None:
-    """Save a picture of a metric against what the models cost, one line per method.
-
-    Args:
-        rows: One per model: the metric, any of ``params``, ``macs``, ``bytes`` and ``ms``, and the name of the method
-            under ``method``. Rows of the method ``"dense"`` are drawn as a level to compare with.
-        path: File to write; its ending says the format (png, pdf, svg).
-        metric: Key of the metric in ``rows``, and the label of its axis.
+def new_figure(size: tuple[float, float]) -> Figure:
+    """Return an empty figure, its size in inches.
 
     Raises:
-        OptionError: A row has no metric, no cost is in all rows, or there is no such format.
         MissingExtraError: matplotlib is not installed.
     """
-    save_figure(sweep_figure(rows, metric), path)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("plots need matplotlib: pip install 'lowrank_nn[plots]'.") from error
+    return Figure(figsize=size)
+
+
+def style(index: int) -> dict[str, Any]:
+    """Return the colour and the marker of the series of this number."""
+    colour = _COLOURS[index % len(_COLOURS)]
+    return {"color": colour, "marker": _MARKERS[index % len(_MARKERS)], "markeredgewidth": 0}
 
 
 def _draw_candidates(axes: Axes, layer: LayerChoices, cost: str, names: Sequence[str]) -> None:
@@ -170,7 +140,7 @@ def _draw_candidates(axes: Axes, layer: LayerChoices, cost: str, names: Sequence
         mine = [candidate for candidate in layer.candidates if _name(candidate) == name]
         share = [_cost(candidate, cost) / whole for candidate in mine]
         error = [math.sqrt(candidate.error) for candidate in mine]
-        axes.plot(share, error, linestyle="none", markersize=3, alpha=0.6, **_style(index))
+        axes.plot(share, error, linestyle="none", markersize=3, alpha=0.6, **style(index))
     chosen = layer.chosen
     if chosen is not None:
         point = (_cost(chosen, cost) / whole, math.sqrt(chosen.error))
@@ -191,51 +161,13 @@ def _draw_spectrum(axes: Axes, layer: LayerChoices, modes: Sequence[Spectrum]) -
     _title(axes, layer)
 
 
-def _draw_sweep(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, metric: str) -> None:
-    methods = list(dict.fromkeys(str(row.get("method", "")) for row in rows))
-    for index, method in enumerate(name for name in methods if name != "dense"):
-        points = sorted((row[key], row[metric]) for row in rows if str(row.get("method", "")) == method)
-        axes.plot(*zip(*points, strict=True), linewidth=1.5, markersize=5, label=method or None, **_style(index))
-    for row in rows:
-        if row.get("method") == "dense":
-            axes.axhline(row[metric], color="grey", linewidth=1, linestyle="--", label="dense")
-            axes.plot(row[key], row[metric], "*", markersize=11, color="grey")
-    low, high = min(row[key] for row in rows), max(row[key] for row in rows)
-    if high > 3 * low > 0:
-        axes.set_xscale("log")
-        axes.set_xticks(_log_ticks(low / 1.2, high * 1.2))
-        axes.set_xticks([], minor=True)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if key == "ms" else count(value))
-    axes.set_xlabel(_QUANTITIES[key])
-    axes.grid(alpha=0.3)
-
-
-def _log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Return round numbers from ``low`` to ``high`` that are evenly spread on a logarithmic axis."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [first * 10.0**decade for decade in decades for first in (1, 2, 5)]
-    shown = [tick for tick in ticks if low <= tick <= high]
-    if len(shown) <= most:
-        return shown
-    whole = [10.0**decade for decade in decades if low <= 10.0**decade <= high]
-    return whole[:: -(-len(whole) // most)]
-
-
-def _figure(size: tuple[float, float]) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("plots need matplotlib: pip install 'lowrank_nn[plots]'.") from error
-    return Figure(figsize=size)
-
-
 def _panels(number: int, *, sharex: bool, sharey: bool) -> tuple[Figure, list[Axes]]:
     fewest = max(4, math.isqrt(number))
     columns = number if number <= _ONE_ROW else min(range(fewest, fewest + 3), key=lambda c: (-number % c, -c))
     rows = -(-number // columns)
     inner = [n * size + (n - 1) * gap for n, size, gap in zip((columns, rows), _PANEL, _GAP, strict=True)]
     width, height = _LEFT + inner[0] + _RIGHT, _TOP + inner[1] + _BOTTOM
-    figure = _figure((width, height))
+    figure = new_figure((width, height))
     # Laid out by hand: with many panels that takes a third of the time of an automatic layout.
     figure.subplots_adjust(
         left=_LEFT / width,
@@ -283,11 +215,6 @@ def _largest(items: Sequence[Any], sizes: Sequence[float], most: int) -> list[An
 
 def _cost(candidate: Candidate, cost: str) -> float:
     return candidate.latency if cost == "latency" else float(getattr(candidate.cost, cost))
-
-
-def _style(index: int) -> dict[str, Any]:
-    colour = _COLOURS[index % len(_COLOURS)]
-    return {"color": colour, "marker": _MARKERS[index % len(_MARKERS)], "markeredgewidth": 0}
 
 
 def _name(candidate: Candidate) -> str:

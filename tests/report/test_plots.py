@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import lowrank_nn as lnn
-from lowrank_nn.report.plots import candidates_figure, spectra_figure, sweep_figure
+from lowrank_nn.report.plots import candidates_figure, spectra_figure
+from lowrank_nn.report.sweep_plot import sweep_figure
 from tests.storage.models import seeded
 
 matplotlib_text = pytest.importorskip("matplotlib.text")
