@@ -8,6 +8,7 @@ import functools
 import logging
 import types
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from lowrank_nn.graph.places import ForwardWatch, OutOfSight
 from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.graph.rules import RULES, Call, Planes, Rule, full_name, functions, short_name
 from lowrank_nn.graph.sites import refuse_opaque, run_model
-from lowrank_nn.graph.sizes import trace_sizes
+from lowrank_nn.graph.sizes import traced_sizes
 from lowrank_nn.graph.units import IN, OUT, Units
 
 LOOKED_AT = """
@@ -68,12 +69,31 @@ def follow(model: nn.Module, example_inputs: Any) -> Units:
         PlanError: The forward failed; the error it raised is chained.
     """
     refuse_opaque(model)
+    with contextlib.suppress(PlanError):
+        return _follow(model, example_inputs, _tracing)
+    # There is code that takes plain numbers only; if it was not that, here is the error again.
+    return _follow(model, example_inputs, evaluating)
+
+
+_Around = Callable[[nn.Module], AbstractContextManager[None]]
+"""A block for forwards, which leaves the model as it was."""
+
+
+@contextlib.contextmanager
+def _tracing(model: nn.Module) -> Iterator[None]:
+    """As :func:`evaluating`, with traced sizes."""
+    with evaluating(model), traced_sizes(model):
+        yield
+
+
+def _follow(model: nn.Module, example_inputs: Any, around: _Around) -> Units:
     follower = _Follower(model)
-    with evaluating(model):
+    with around(model):
         follower.run(model, example_inputs)
         follower.run_doubled(model, example_inputs)
     if not all(map(follower.has_seen, model.parameters())):
-        follower.run_training(model, example_inputs)
+        with around(model):
+            follower.run_training(model, example_inputs)
     follower.units.settle_boxes()
     return follower.units
 
@@ -118,24 +138,22 @@ class _Follower(ForwardWatch):
     def run_training(self, model: nn.Module, example_inputs: Any) -> None:
         """Follow a forward in train mode: what auxiliary heads read there must shrink too."""
         known = len(self.units.sources)
-        with evaluating(model):
-            for module in model.modules():
-                vars(module)["training"] = True
-            try:
-                self.run(model, example_inputs)
-            except PlanError:  # it may want targets; how far the output depends on what it used is not known
-                for source in self.units.sources[known:]:
-                    ids = torch.arange(source.first, source.first + source.size)
-                    computed = ids[self.units.kinds()[ids] == OUT]
-                    self.units.freeze(computed, "computed in train mode only, where the forward failed")
+        for module in model.modules():
+            vars(module)["training"] = True
+        try:
+            self.run(model, example_inputs)
+        except PlanError:  # it may want targets; how far the output depends on what it used is not known
+            for source in self.units.sources[known:]:
+                ids = torch.arange(source.first, source.first + source.size)
+                computed = ids[self.units.kinds()[ids] == OUT]
+                self.units.freeze(computed, "computed in train mode only, where the forward failed")
 
     def has_seen(self, tensor: Tensor) -> bool:
         """Whether anything was done with a tensor."""
         return tensor in self._known
 
     def attach(self, model: nn.Module) -> None:
-        """Wrap the forward of every module, on the instances, to know where a function is called; trace sizes."""
-        trace_sizes(model)
+        """Wrap the forward of every module, on the instances, to know where a function is called."""
         for path, module in model.named_modules():
             wrap = self._refused if path in self._refusals else self._framed
             vars(module)["forward"] = functools.wraps(module.forward)(wrap(path, module.forward))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -29,9 +30,13 @@ class Attribute:
 
 
 class TracedSize(int):
-    """A whole number that works like any other and tells the attribute it was read from; what is computed of it not."""
+    """A whole number that works like any other and tells the attribute it was read from; what is computed of it not.
 
-    source: Attribute
+    Attributes:
+        source: The attribute; None when the run that it was traced for is over (a cache may still hold it).
+    """
+
+    source: Attribute | None
 
     def __new__(cls, value: int, source: Attribute) -> TracedSize:
         """Return the number ``value``."""
@@ -39,26 +44,39 @@ class TracedSize(int):
         size.source = source
         return size
 
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        """Have copies and pickles be plain numbers."""
+        return int, (int(self),)
 
-def trace_sizes(model: nn.Module) -> None:
-    """Put traced numbers in the place of all whole numbers, and tuples and lists of them, that modules keep.
+
+@contextlib.contextmanager
+def traced_sizes(model: nn.Module) -> Iterator[None]:
+    """Within a block, put traced numbers in the place of all whole numbers, and tuples and lists of them, of modules.
 
     For use within a block that restores the modules' attributes, :func:`lowrank_nn.graph.preserve.untouched`. Torch's
     own layers are left as they are: what their attributes mean is known (:mod:`lowrank_nn.graph.attributes`).
     """
+    made: list[TracedSize] = []
     for path, module in model.named_modules():
         if not type(module).__module__.startswith("torch."):
             for name, value in list(vars(module).items()):
-                vars(module)[name] = _traced(value, Attribute(path, name))
+                if sizes := _traced(value, Attribute(path, name)):
+                    vars(module)[name] = sizes[0] if type(value) is int else type(value)(sizes)
+                    made += sizes
+    try:
+        yield
+    finally:
+        for size in made:
+            size.source = None
 
 
-def _traced(value: Any, source: Attribute) -> Any:
+def _traced(value: Any, source: Attribute) -> list[TracedSize]:
+    """Return a whole number, or those in a tuple or list of nothing else, traced; nothing of other values."""
     if type(value) is int:
-        return TracedSize(value, source)
-    if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-        own = (dataclasses.replace(source, index=index) for index in range(len(value)))
-        return type(value)(map(TracedSize, value, own))
-    return value
+        return [TracedSize(value, source)]
+    if type(value) in (tuple, list) and all(type(item) is int for item in value):
+        return [TracedSize(item, dataclasses.replace(source, index=index)) for index, item in enumerate(value)]
+    return []
 
 
 def shrink_attributes(model: nn.Module, less: dict[Attribute, int], before: dict[nn.Module, dict[str, Any]]) -> None:

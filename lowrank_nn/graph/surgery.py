@@ -200,7 +200,7 @@ def _note_changes(module: nn.Module, cls: type[nn.Module], before: dict[str, Any
 def _drop_caches(module: nn.Module) -> None:
     """Forget tensors that a module keeps in dicts of its own: they were computed of larger ones."""
     for name, value in list(vars(module).items()):
-        if type(value) is dict and name not in MODULE_TABLES:
+        if type(value) is dict and name not in MODULE_TABLES and any(isinstance(x, Tensor) for x in value.values()):
             vars(module)[name] = {key: item for key, item in value.items() if not isinstance(item, Tensor)}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 import lowrank_nn as lnn
 from lowrank_nn.graph import find_groups
 from lowrank_nn.graph.proof import prove
-from lowrank_nn.graph.sizes import Attribute
+from lowrank_nn.graph.sizes import Attribute, TracedSize
 from lowrank_nn.graph.surgery import Removal, remove_units
 from tests.zoo._seeded import seeded
 
@@ -149,6 +150,38 @@ def test_numbers_from_a_cache_that_another_module_filled():
     assert [removal.group.name for removal in prove(model, removals, X).proven] == ["0.first"]
 
 
+def test_numbers_from_a_cache_that_another_model_filled():
+    """What was traced for one model says nothing of the next, which has no such attribute."""
+
+    @functools.cache
+    def pattern(width):
+        return (-1, 2, width)
+
+    first, _ = seeded(lambda: (Reshaped(lambda net, x: x.reshape(pattern(net.width))), None))()
+    second, _ = seeded(lambda: (Reshaped(lambda net, x: x.reshape(pattern(net.columns))), None))()
+    second.columns = second.__dict__.pop("width")
+    (one,) = removals_of(first)
+    (two,) = removals_of(second)
+    assert (len(one.group.sizes), two.group.sizes) == (1, ())
+    assert "the forward fails" in prove(second, [two], X).refused["first"]
+
+
+def test_copies_of_traced_numbers_are_plain():
+    size = TracedSize(4, Attribute("block", "width"))
+    assert size == 4
+    assert [type(copied) for copied in (copy.deepcopy(size), pickle.loads(pickle.dumps(size)))] == [int, int]
+
+
+def test_code_that_takes_plain_numbers_only():
+    def how(net, x):
+        if type(net.width) is not int:
+            raise TypeError("width must be a number")
+        return x.view(-1, 2, net.width)
+
+    model, _ = seeded(lambda: (Reshaped(how), None))()
+    assert [(group.size, group.sizes) for group in find_groups(model, X)] == [(5, ()), (4, ())]
+
+
 def test_finding_groups_leaves_attributes_alone():
     model, _ = seeded(lambda: (Uneven((8, 2, 6), SPLITS["split"]), None))()
     before = model.sizes
@@ -190,6 +223,14 @@ def test_caches_of_a_run_are_gone_after_it():
     model, _ = seeded(lambda: (Cached(), None))()
     small = lnn.compress_model(model, X, [lnn.Prune(0.5, granularity="filter")], progress=False).model
     assert (small.first.out_features, small(X).shape, model.cache) == (4, (3, 4), {})
+
+
+def test_dicts_without_tensors_stay_the_same_objects():
+    model, _ = seeded(lambda: (Cached(), None))()
+    shared = {"depth": 2}
+    model.config = model.first.config = shared
+    remove_units(model, removals_of(model))
+    assert model.config is model.first.config is shared
 
 
 def test_caches_do_not_outlive_what_they_were_computed_of():

@@ -14,7 +14,7 @@ from torch.overrides import resolve_name
 from lowrank_nn.errors import OptionError
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.labels import Labels
-from lowrank_nn.graph.sizes import TracedSize
+from lowrank_nn.graph.sizes import Attribute, TracedSize
 from lowrank_nn.graph.units import Units
 
 Planes = list[Tensor]
@@ -62,11 +62,17 @@ class Call:
         inputs = [value for name, value in self.kwargs.items() if name != "out"]
         return [self.labels(tensor) for tensor in tensors([*self.args, inputs])]
 
+    def source(self, size: int) -> Attribute | None:
+        """Return the attribute of a running module that the forward has this size from; None if it is none."""
+        source = size.source if isinstance(size, TracedSize) else None
+        # A size that another module keeps comes out of a cache that takes equal numbers for the same.
+        return source if source is not None and source.module in self.modules else None
+
     def note_size(self, size: int, plane: Tensor, dim: int) -> None:
         """Note that the forward gives this size to a dim along which a tensor has these ids."""
-        # A size that another module keeps comes out of a cache that takes equal numbers for the same.
-        if isinstance(size, TracedSize) and size.source.module in self.modules and plane.shape[dim] > 1:
-            self.units.note_size(size.source, plane.movedim(dim, 0).reshape(plane.shape[dim], -1))
+        source = self.source(size)
+        if source is not None and plane.shape[dim] > 1:
+            self.units.note_size(source, plane.movedim(dim, 0).reshape(plane.shape[dim], -1))
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:

@@ -14,7 +14,7 @@ from lowrank_nn.graph.labels import Labels, compact, merge, mix, move, split_dim
 from lowrank_nn.graph.rules._call import Call, Planes, aligned, normal_dims, rule_for
 from lowrank_nn.graph.rules.mixing import mix_all
 from lowrank_nn.graph.rules.movement import moved, on_cpu
-from lowrank_nn.graph.sizes import TracedSize, flat_sizes
+from lowrank_nn.graph.sizes import flat_sizes
 
 
 @rule_for("roll")
@@ -38,7 +38,7 @@ def split(call: Call) -> list[Planes]:
     dim, sizes = _parts(call)
     named = [value for name, value in call.kwargs.items() if name not in ("tensor", "input", "dim")]
     given = list(flat_sizes([*call.args[1:2], *named]))
-    kept_by = [size.source for size in given if isinstance(size, TracedSize)]
+    kept_by = [source for size in given if (source := call.source(size)) is not None]
     if len(given) == len(sizes) == len(kept_by):
         for parts in (torch.split_with_sizes(p, sizes, dim) for p in call.first.planes if p.shape[dim] > 1):
             for source, part in zip(kept_by, parts, strict=True):  # parts of which one number is the size lose the same
