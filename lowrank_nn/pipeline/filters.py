@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from lowrank_nn.errors import PlanError
 from lowrank_nn.graph import Recording, Site, record
 from lowrank_nn.graph.free_norms import measure_free_norms, resize_free_norms
 from lowrank_nn.graph.groups import ChannelGroup, find_groups
@@ -86,8 +87,8 @@ class FilterRemoval:
             probe = removals_of(wanted, every.choose(scores, _PROBED, widths))
             notes |= self._prove(state, model, probe, widths).refused
             scores = {name: values for name, values in scores.items() if name not in notes}
-            additive = self.criterion in ADDITIVE
-            removals = within_budget(state, wanted, scores, self.keep, widths, additive=additive)
+            removals, refused = self._within_budget(state, model, wanted, scores, widths)
+            notes |= refused
         else:
             chosen = removals_of(wanted, self.keep.choose(scores, self.amount, widths))
             proof = self._prove(state, model, chosen, widths)
@@ -99,9 +100,7 @@ class FilterRemoval:
         """Remove as many units of each group as decided, those that matter least now, and prove it."""
         removals = [d.removal for d in decisions if isinstance(d, FilterDecision) and d.removal is not None]
         if state.dry:
-            smaller, recording, channels = _cached(
-                state, ("shrunk", *removals), lambda: _shrunk(self._numbers_of(state), removals, state)
-            )
+            smaller, recording, channels = self._shrunk(state, removals)
             remove_units(state.model, removals)
             resize_free_norms(state.model, channels)
             state.pruned = (smaller, recording)
@@ -126,6 +125,35 @@ class FilterRemoval:
         # Where every group loses the same share, numbers only tell what runs; later ones tell which units go.
         fit = self.keep.scope == "global"
         return _cached(state, ("numbers", fit), lambda: with_numbers(state.model, state.base[0], fit=fit))
+
+    def _within_budget(
+        self,
+        state: State,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        scores: Mapping[str, Tensor],
+        widths: Sequence[SharedWidth],
+    ) -> tuple[list[Removal], dict[str, str]]:
+        """Return removals that meet the budget and run, and by name of other groups why they cannot lose as many."""
+        refused: dict[str, str] = {}
+        while True:
+            left = {name: values for name, values in scores.items() if name not in refused}
+            additive = self.criterion in ADDITIVE
+            removals = within_budget(state, groups, left, self.keep, widths, additive=additive)
+            try:
+                self._shrunk(state, removals)
+            except PlanError:
+                # The share that was proven runs, this one does not (channels that have to come in fours).
+                found = self._prove(state, model, removals, widths).refused
+                if not found:
+                    raise
+                refused |= found
+            else:
+                return removals, refused
+
+    def _shrunk(self, state: State, removals: Sequence[Removal]) -> tuple[nn.Module, Recording, dict[str, int]]:
+        """Return the model of a dry run without some units, as :func:`_shrunk`."""
+        return _cached(state, ("shrunk", *removals), lambda: _shrunk(self._numbers_of(state), removals, state))
 
     def _remove(self, state: State, removals: Sequence[Removal]) -> None:
         """Remove units, and make the best of what is left."""

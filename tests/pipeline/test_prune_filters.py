@@ -244,3 +244,21 @@ def test_groups_that_a_budget_comes_to_last_are_tried_too(net):
     assert widths(run(net, step, budget=lnn.Budget(params=0.13)).model) == [2, 24, 2, 4]
     with pytest.raises(BudgetError, match="cannot be met by removing filters"):
         run(net, step, budget=lnn.Budget(params=0.1))
+
+
+def test_groups_that_fail_at_the_share_of_a_budget_stay(net):
+    """Half of the channels run, what the budget asks for does not."""
+
+    class InFours(nn.Module):
+        def forward(self, x):
+            assert x.shape[1] % 4 == 0
+            return x
+
+    net[4] = InFours()
+    result = run(net, lnn.Prune(granularity="filter"), budget=lnn.Budget(params=0.7))
+    assert result.report.after.params <= 0.7 * result.report.before.params
+    assert net[3].out_channels == result.model[3].out_channels == 24
+    assert "without these channels the forward fails" in str(result.report.remarks)
+    check(net, result)
+    in_fours = lnn.Prune(granularity="filter", round_to=4)
+    assert run(net, in_fours, budget=lnn.Budget(params=0.7)).model[3].out_channels < 24
