@@ -55,18 +55,33 @@ class Apply(Step):
         Raises:
             PlanError: A pattern matches nothing, or ``strict`` is set and some layers cannot be replaced.
         """
-        fitting = {site.path: class_for(site, self.layer_classes) for site in state.sites()}
-        sites = [site for site in state.sites() if fitting[site.path] is not None]
-        chosen = select(sites, self.where, self.but_not, "Apply")
-        decisions = []
-        for site in state.watch(chosen, "Apply: ranks"):
-            cls = fitting[site.path]
-            assert cls is not None
-            decisions.append(decide_layer(state, site, cls, self.options))
+        chosen = matching(state, self.layer_classes, self.where, self.but_not, "Apply")
+        watched = state.watch(chosen, "Apply: ranks")
+        decisions = [decide_layer(state, site, cls, self.options) for site, cls in watched]
         left = [f"{decision.path}: {decision.note}" for decision in decisions if decision.layer_class is None]
         if self.strict and left:
             raise PlanError("Apply: strict is set, and these layers cannot be replaced: " + "; ".join(left))
         return decisions
+
+
+def matching(
+    state: State, classes: Sequence[type[CompressedLayer]], where: Patterns, but_not: Patterns, step: str
+) -> list[tuple[Site, type[CompressedLayer]]]:
+    """Return the layers wanted of the kinds that ``classes`` replace, each with the first class for its kind.
+
+    Args:
+        state: The dry run.
+        classes: The compressed classes.
+        where: Shell patterns on dotted paths of the layers wanted.
+        but_not: Shell patterns of the layers to leave as they are.
+        step: Name of the step, for the message.
+
+    Raises:
+        PlanError: A pattern matches nothing.
+    """
+    fitting = {site.path: (site, cls) for site in state.sites() if (cls := class_for(site, classes)) is not None}
+    wanted = select([site for site, _ in fitting.values()], where, but_not, step)
+    return [fitting[site.path] for site in wanted]
 
 
 def class_for(site: Site, classes: Sequence[type[CompressedLayer]]) -> type[CompressedLayer] | None:

@@ -8,8 +8,8 @@ from typing import Any
 from lowrank_nn.decompose.kmeans import Init
 from lowrank_nn.errors import OptionError, PlanError, check_whole_number
 from lowrank_nn.layers import CodebookConv2d, CodebookLinear, CompressedLayer
-from lowrank_nn.pipeline.apply import class_for, decide_layer
-from lowrank_nn.pipeline.select import Patterns, select
+from lowrank_nn.pipeline.apply import decide_layer, matching
+from lowrank_nn.pipeline.select import Patterns
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning import BatchLoss
 from lowrank_nn.planning.fisher import diagonal_fisher
@@ -73,12 +73,8 @@ class Codebook(Step):
         Raises:
             PlanError: A pattern matches nothing.
         """
-        fitting = {site.path: class_for(site, _CLASSES) for site in state.sites()}
-        sites = [site for site in state.sites() if fitting[site.path] is not None]
         decisions = []
-        for site in select(sites, self.where, self.but_not, "Codebook"):
-            cls = fitting[site.path]
-            assert cls is not None
+        for site, cls in matching(state, _CLASSES, self.where, self.but_not, "Codebook"):
             bits = self.conv_bits if cls is CodebookConv2d else self.bits
             options = {"bits": bits, "init": self.init, "seed": state.seed}
             decisions.append(decide_layer(state, site, cls, options))

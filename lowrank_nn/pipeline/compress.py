@@ -95,8 +95,8 @@ def compress_model(
             published recipe (``"one-shot"``); ``[LowRank()]`` if left out.
         budget: What may remain at the end of the recipe, as shares of the dense model; or the drop of accuracy within
             which the smallest model is wanted, for which up to eight are compressed.
-        calibration: Batches of inputs, labels in them ignored: what ``LowRank`` chooses and fits by, and what steps
-            that quantize activations measure.
+        calibration: Batches of inputs, labels in them ignored: what ranks, bits and filters are chosen by, layers
+            fitted to, and ranges of activations measured on.
         seed: Seed of everything random. The same inputs and seed give the same bits on the same machine.
         progress: Whether to show progress bars, on a terminal.
         measure_speed: Whether to time both models on ``example_inputs`` for the report; under a latency budget they are

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_nn.decompose import Metric
+from lowrank_nn.errors import CalibrationError
 from lowrank_nn.graph.links import Link, find_links
 from lowrank_nn.pipeline.apply import refusal
 from lowrank_nn.pipeline.reconstruct import reconstruct
@@ -43,7 +44,42 @@ class Evidence:
         return None if link is None else link.norm
 
 
-def gather(state: State, model: nn.Module, paths: Sequence[str], *, curvature: bool) -> Evidence:
+def uses_data(step: str, state: State, data_aware: bool | None, *, by_default: bool) -> bool:
+    """Whether the calibration data have a say.
+
+    Args:
+        step: Name of the step, for the message.
+        state: The state of the recipe.
+        data_aware: What the user asks for; None for the default.
+        by_default: Whether they have one unless told otherwise, where there are any.
+
+    Raises:
+        CalibrationError: They must, and there are none.
+    """
+    if data_aware and state.calibration is None:
+        raise CalibrationError(
+            f"{step}: data_aware needs calibration batches. Pass compress_model(..., calibration=batches)."
+        )
+    return by_default and state.calibration is not None if data_aware is None else data_aware
+
+
+def gather_once(state: State, *, curvature: bool) -> Evidence:
+    """Return what the data say about the given model, or what is left of it; computed once for all dry runs."""
+    model, recording = state.base
+    key = _key(model, curvature)
+    if key not in state.cache:
+        layers = [site for site in recording.sites if site.inside is None and not refusal(site)]
+        paths = [site.path for site in layers if isinstance(site.layer, (nn.Conv2d, nn.Linear))]
+        state.cache[key] = _gather(state, model, paths, curvature=curvature)
+    found: Evidence = state.cache[key]
+    return found
+
+
+def _key(model: nn.Module, curvature: bool) -> Any:
+    return (Evidence, curvature, model)
+
+
+def _gather(state: State, model: nn.Module, paths: Sequence[str], *, curvature: bool) -> Evidence:
     """Run ``model`` over the calibration data and return what the fits of its layers at ``paths`` need."""
     assert state.calibration is not None
     metrics = collect_metrics(
@@ -52,24 +88,12 @@ def gather(state: State, model: nn.Module, paths: Sequence[str], *, curvature: b
     return Evidence(metrics, find_links(model, state.example_inputs))
 
 
-def gather_once(state: State, *, curvature: bool) -> Evidence:
-    """Return what the data say about the given model, or what is left of it; computed once for all dry runs."""
-    model, recording = state.base
-    key: Any = (Evidence, curvature, model)
-    if key not in state.cache:
-        layers = [site for site in recording.sites if site.inside is None and not refusal(site)]
-        paths = [site.path for site in layers if isinstance(site.layer, (nn.Conv2d, nn.Linear))]
-        state.cache[key] = gather(state, model, paths, curvature=curvature)
-    found: Evidence = state.cache[key]
-    return found
-
-
 def carry_out(
     step: str,
     state: State,
     decisions: Sequence[Decision],
-    evidence: Evidence,
     *,
+    curvature: bool,
     data: Mapping[str, dict[str, Any]] | None = None,
     sequential: bool,
 ) -> None:
@@ -79,20 +103,24 @@ def carry_out(
         step: Name of the step, for progress bars and remarks.
         state: The model on its way; changed.
         decisions: What becomes of each layer.
-        evidence: Gathered from the model as it is before.
+        curvature: Whether errors count by what they do to the network's output, or to the layer's own.
         data: By path, what else the layers are built with that was measured.
         sequential: Whether to fit all layers once more, in the order of execution, to what the compressed layers
             before them make of the data; factors of a low-rank layer are not.
     """
     replaced = [decision for decision in decisions if decision.layer_class is not None]
-    before = copy.deepcopy(state.model) if changed_since_given(state) else state.dense
+    paths = [decision.path for decision in replaced]
+    changed = changed_since_given(state)
+    before = copy.deepcopy(state.model) if changed else state.dense
+    evidence = None if changed else state.cache.get(_key(state.dense, curvature))
+    if evidence is None:
+        evidence = _gather(state, state.model, paths, curvature=curvature)
     for decision in state.watch(replaced, f"{step}: fits"):
         metric = evidence.metric(decision.path)
         layer = state.model.get_submodule(decision.path)
         measured = (data or {}).get(decision.path, {})
         fitted = {} if metric is None else {"metric": metric}
         state.replace(decision.path, build(decision, layer, measured | fitted))
-    paths = [decision.path for decision in replaced]
     for path in paths:
         _correct_mean(state.model, before, path, evidence)
     if sequential:

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lowrank_nn.cost import Cost
-from lowrank_nn.errors import BudgetError, CalibrationError, OptionError, PlanError, check_whole_number
+from lowrank_nn.errors import BudgetError, OptionError, PlanError, check_whole_number
 from lowrank_nn.graph import Site
 from lowrank_nn.layers import LAYERS, LowRankLayer, RankRule, SVDConv2d, SVDLinear, TuckerConv2d
-from lowrank_nn.pipeline.apply import class_for, decide_layer, refusal
-from lowrank_nn.pipeline.evidence import carry_out, changed_since_given, gather, gather_once
-from lowrank_nn.pipeline.select import Patterns, select, strictest
+from lowrank_nn.pipeline.apply import class_for, decide_layer, matching, refusal
+from lowrank_nn.pipeline.evidence import carry_out, gather_once, uses_data
+from lowrank_nn.pipeline.select import Patterns, strictest
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning import Budget, Candidate, Clock, SiteCandidates, TimedCandidates
 from lowrank_nn.planning.constraints import checked_shares, in_multiples, within_shares
@@ -122,8 +122,7 @@ class LowRank(Step):
             CalibrationError: There are no calibration data, and ``data_aware`` is set, or they are not usable.
         """
         classes = self._classes()
-        sites = [site for site in state.sites() if class_for(site, classes) is not None]
-        chosen = select(sites, self.where, self.but_not, "LowRank")
+        chosen = [site for site, _ in matching(state, classes, self.where, self.but_not, "LowRank")]
         if self.rank is None:
             return self._share_out(state, chosen, classes)
         watched = state.watch(chosen, f"LowRank: {self.rank}")
@@ -131,29 +130,13 @@ class LowRank(Step):
 
     def execute(self, state: State, decisions: list[Decision]) -> None:
         """Replace the layers as decided; with calibration data, fitted to them."""
-        if state.dry or not self._uses_data(state):
+        if state.dry or not self._on_data(state):
             super().execute(state, decisions)
-            return
-        paths = [decision.path for decision in decisions if decision.layer_class is not None]
-        if changed_since_given(state):
-            evidence = gather(state, state.model, paths, curvature=self.curvature)
         else:
-            evidence = gather_once(state, curvature=self.curvature)
-        carry_out("LowRank", state, decisions, evidence, sequential=self.reconstruct)
+            carry_out("LowRank", state, decisions, curvature=self.curvature, sequential=self.reconstruct)
 
-    def _uses_data(self, state: State) -> bool:
-        """Whether the calibration data play a part.
-
-        Raises:
-            CalibrationError: They must, and there are none.
-        """
-        if self.data_aware and state.calibration is None:
-            raise CalibrationError(
-                "LowRank: data_aware needs calibration batches. Pass compress_model(..., calibration=batches)."
-            )
-        if self.data_aware is None:
-            return self.rank is None and state.calibration is not None
-        return self.data_aware
+    def _on_data(self, state: State) -> bool:
+        return uses_data("LowRank", state, self.data_aware, by_default=self.rank is None)
 
     def _classes(self) -> tuple[type[LowRankLayer], ...]:
         every = tuple(cls for cls in LAYERS.values() if issubclass(cls, LowRankLayer))
@@ -225,7 +208,7 @@ class LowRank(Step):
             return SiteCandidates(site.path, [], note)
         if not isinstance(site.layer, (nn.Conv2d, nn.Linear)):
             return SiteCandidates(site.path, [], f"it is a {type(site.layer).__name__} already: put LowRank first")
-        metric = gather_once(state, curvature=self.curvature).metric(site.path) if self._uses_data(state) else None
+        metric = gather_once(state, curvature=self.curvature).metric(site.path) if self._on_data(state) else None
         width = 1 if state.clock is None else state.clock.vector_width
         key: Any = (LowRank, state.base[0], site.path, *self._kind(), metric is not None, self.curvature, width)
         if key not in state.cache:

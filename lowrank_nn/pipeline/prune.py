@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lowrank_nn.errors import OptionError, PlanError
 from lowrank_nn.layers import CompressedLayer, PrunedConv2d, PrunedLinear
 from lowrank_nn.layers._masks import GRANULARITIES
-from lowrank_nn.pipeline.apply import class_for, decide_layer
+from lowrank_nn.pipeline.apply import decide_layer, matching
 from lowrank_nn.pipeline.filters import FilterRemoval
-from lowrank_nn.pipeline.select import Patterns, select
+from lowrank_nn.pipeline.select import Patterns
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning import BatchLoss
 from lowrank_nn.planning.fisher import diagonal_fisher
@@ -129,17 +129,14 @@ class Prune(Step):
         """
         if self.filters is not None:
             return self.filters.decide(state)
-        fitting = {site.path: class_for(site, _CLASSES) for site in state.sites()}
-        sites = [site for site in state.sites() if fitting[site.path] is not None]
-        options = {"sparsity": self.amount, "granularity": self.granularity, "criterion": self.criterion}
-        decisions = []
-        for site in select(sites, self.where, self.but_not, "Prune"):
-            cls = fitting[site.path]
-            assert cls is not None
-            decisions.append(
-                decide_layer(state, site, cls, options | {"seed": state.seed}, _flat_fisher(self, site.layer))
-            )
-        return decisions
+        options = {
+            "sparsity": self.amount,
+            "granularity": self.granularity,
+            "criterion": self.criterion,
+            "seed": state.seed,
+        }
+        chosen = matching(state, _CLASSES, self.where, self.but_not, "Prune")
+        return [decide_layer(state, site, cls, options, _flat_fisher(self, site.layer)) for site, cls in chosen]
 
     def execute(self, state: State, decisions: list[Decision]) -> None:
         """Remove filters, or replace layers by masked ones, as decided."""

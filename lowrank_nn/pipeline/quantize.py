@@ -14,11 +14,11 @@ from lowrank_nn.layers import BFloat16Conv2d, BFloat16Linear, CompressedLayer, Q
 from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._kernel import obstacle
 from lowrank_nn.layers.bfloat16 import BFloat16Layer, bfloat16_obstacle
-from lowrank_nn.pipeline.apply import class_for, decide_layer
+from lowrank_nn.pipeline.apply import decide_layer, matching
 from lowrank_nn.pipeline.bits import share_out_bits
-from lowrank_nn.pipeline.evidence import carry_out, gather, gather_once
+from lowrank_nn.pipeline.evidence import carry_out, gather_once, uses_data
 from lowrank_nn.pipeline.fastest import slower_layers
-from lowrank_nn.pipeline.select import Patterns, select
+from lowrank_nn.pipeline.select import Patterns
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning.ranges import collect_ranges
 
@@ -129,18 +129,13 @@ class Quantize(Step):
                 "Quantize: activations need calibration batches. Pass compress_model(..., calibration=batches), or "
                 "leave activations=None to quantize weights only."
             )
-        on_data = self._uses_data(state)
+        on_data = self._on_data(state)
         integers = self.weights != "bf16"
         options: dict[str, Any] = {}
         if integers:
             options = {"bits": max(self.widths), "scheme": self.scheme, "activation_bits": self.activation_bits}
-        fitting = {site.path: class_for(site, _CLASSES[integers]) for site in state.sites()}
-        sites = [site for site in state.sites() if fitting[site.path] is not None]
-        decisions = []
-        for site in select(sites, self.where, self.but_not, "Quantize"):
-            cls = fitting[site.path]
-            assert cls is not None
-            decisions.append(decide_layer(state, site, cls, options, self._stand_ins()))
+        chosen = matching(state, _CLASSES[integers], self.where, self.but_not, "Quantize")
+        decisions = [decide_layer(state, site, cls, options, self._stand_ins()) for site, cls in chosen]
         if self.allocates():
             evidence = gather_once(state, curvature=True) if on_data else None
             decisions = share_out_bits(state, decisions, self.widths, evidence, self._stand_ins())
@@ -151,10 +146,12 @@ class Quantize(Step):
 
     def execute(self, state: State, decisions: list[Decision]) -> None:
         """Replace the layers as decided, and let them hand integers to each other."""
-        if state.dry or not self._uses_data(state):
+        if state.dry or not self._on_data(state):
             super().execute(state, decisions)
         else:
-            self._round_on_data(state, decisions)
+            replaced = [decision for decision in decisions if decision.layer_class is not None]
+            data = self.measure(state, replaced)
+            carry_out("Quantize", state, replaced, curvature=False, data=data, sequential=self.reconstruct)
         if state.dry:
             return
         if self.activation_bits is not None:
@@ -164,25 +161,8 @@ class Quantize(Step):
             if reason:
                 state.remark(decision.path, f"Quantize: simulated in floating point: {reason}")
 
-    def _uses_data(self, state: State) -> bool:
-        """Whether the calibration data have a say in how weights are rounded.
-
-        Raises:
-            CalibrationError: They must, and there are none.
-        """
-        if self.data_aware and state.calibration is None:
-            raise CalibrationError(
-                "Quantize: data_aware needs calibration batches. Pass compress_model(..., calibration=batches)."
-            )
-        if self.data_aware is None:
-            return state.calibration is not None and min(self.widths) < 8
-        return self.data_aware
-
-    def _round_on_data(self, state: State, decisions: list[Decision]) -> None:
-        replaced = [decision for decision in decisions if decision.layer_class is not None]
-        data = self.measure(state, replaced)
-        evidence = gather(state, state.model, [decision.path for decision in replaced], curvature=False)
-        carry_out("Quantize", state, replaced, evidence, data=data, sequential=self.reconstruct)
+    def _on_data(self, state: State) -> bool:
+        return uses_data("Quantize", state, self.data_aware, by_default=min(self.widths) < 8)
 
     def measure(self, state: State, decisions: list[Decision]) -> dict[str, dict[str, Any]]:
         """Return the ranges of each layer to be quantized, measured on the calibration batches."""

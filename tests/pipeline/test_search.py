@@ -10,7 +10,7 @@ from torch import nn
 
 import lowrank_nn as lnn
 from lowrank_nn.layers._tucker_ranks import TuckerProblem
-from lowrank_nn.pipeline import compress, lowrank, state
+from lowrank_nn.pipeline import compress, evidence, state
 from lowrank_nn.planning import Clock
 from tests.fake_timer import FakeTimer
 from tests.pipeline.test_latency import share_of_time
@@ -208,8 +208,10 @@ def test_the_given_model_and_the_process_are_untouched(net):
 
 def test_calibration_data_are_gone_through_once_for_statistics(net, monkeypatch):
     calls = []
-    gather = lowrank.gather
-    monkeypatch.setattr(lowrank, "gather", lambda *args, **options: calls.append(1) or gather(*args, **options))
+    collect = evidence.collect_metrics
+    monkeypatch.setattr(
+        evidence, "collect_metrics", lambda *args, **options: calls.append(1) or collect(*args, **options)
+    )
     budget = lnn.Budget(accuracy_drop=4.0, evaluate=Metric(net))
     generator = torch.Generator().manual_seed(0)
     images = iter([torch.randn(8, 3, 9, 9, generator=generator) for _ in range(4)])  # can be read once
