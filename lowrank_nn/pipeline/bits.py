@@ -18,7 +18,7 @@ from lowrank_nn.pipeline.evidence import Evidence
 from lowrank_nn.pipeline.state import Decision, State, build
 from lowrank_nn.planning import Budget, Candidate
 from lowrank_nn.planning.allocation import allocate
-from lowrank_nn.planning.candidates import SiteCandidates, weight_size
+from lowrank_nn.planning.candidates import Judge, SiteCandidates
 
 
 def share_out_bits(
@@ -48,8 +48,8 @@ def share_out_bits(
     budget = Budget(bytes=state.budget.bytes)
     sites = {site.path: site for site in state.sites()}
     replaced = [decision for decision in decisions if decision.layer_class is not None]
-    judge = _Judge(state, evidence)
-    tables = [judge.table(sites[decision.path], decision, widths, data) for decision in replaced]
+    lister = _Lister(state, sorted(widths), evidence, data)
+    tables = [lister.table(sites[decision.path], decision) for decision in replaced]
     now = sum(layer_cost(sites[d.path].layer, sites[d.path].calls[0].input_shape).bytes for d in replaced)
     fixed = state.cost().bytes - now
     picks = allocate([table.choices(budget) for table in tables], budget.allowed(state.dense_cost()) - fixed)
@@ -70,49 +70,38 @@ def _with_bits(decision: Decision, candidate: Candidate | None) -> Decision:
     return Decision(decision.path, decision.layer_class, candidate.options, error=candidate.error**0.5)
 
 
-class _Judge:
+class _Lister:
     """Lists what each width costs and loses in each layer; the model with numbers is made when it is first needed."""
 
-    def __init__(self, state: State, evidence: Evidence | None) -> None:
-        self._state, self._evidence = state, evidence
+    def __init__(self, state: State, widths: Sequence[int], evidence: Evidence | None, data: dict[str, Any]) -> None:
+        self._state, self._widths, self._evidence, self._data = state, widths, evidence, data
         self._model: nn.Module | None = None
 
-    def table(self, site: Site, decision: Decision, widths: Sequence[int], data: dict[str, Any]) -> SiteCandidates:
+    def table(self, site: Site, decision: Decision) -> SiteCandidates:
         """Return the candidates of one layer, by rising bits; computed once for all dry runs."""
         outer = site.path if site.inside is None else site.inside
         whole = self._state.model.get_submodule(outer)
         aware = self._evidence is not None
-        key = ("bits", self._state.base[0], repr(decision), tuple(widths), repr(whole), aware)
+        key = ("bits", self._state.base[0], repr(decision), *self._widths, repr(whole), aware)
         if key not in self._state.cache:
-            metric = None if self._evidence is None else self._evidence.metric(outer)
-            self._state.cache[key] = self._measured(site, outer, decision, widths, metric, data)
+            self._state.cache[key] = self._listed(site, outer, decision)
         found: SiteCandidates = self._state.cache[key]
         return found
 
-    def _measured(
-        self,
-        site: Site,
-        outer: str,
-        decision: Decision,
-        widths: Sequence[int],
-        metric: Metric | None,
-        data: dict[str, Any],
-    ) -> SiteCandidates:
+    def _listed(self, site: Site, outer: str, decision: Decision) -> SiteCandidates:
         if self._model is None:
             self._model = with_numbers(self._state.model, self._state.base[0])
         whole = self._model.get_submodule(outer)
-        assert isinstance(whole.weight, Tensor)
-        # What no bias makes up for counts as error.
-        seen = metric if metric is None or whole.bias is not None else metric.with_mean()
-        size = weight_size(whole.weight.detach(), seen)
+        part = site.path.removeprefix(outer).removeprefix(".")
+        metric = None if self._evidence is None else self._evidence.metric(outer)
+        judge = Judge(whole, metric)
         candidates = []
-        for bits in sorted(widths):
+        for bits in self._widths:
             chosen = Decision(decision.path, decision.layer_class, decision.options | {"bits": bits})
-            change = _change(whole, site.path.removeprefix(outer).removeprefix("."), chosen, metric, data)
-            cost = build(chosen, site.layer, data).cost(site.calls[0].input_shape)
-            candidates.append(Candidate(decision.layer_class, chosen.options, weight_size(change, seen) / size, cost))
-        scale = size if metric is not None and metric.curvature is not None else None
-        return SiteCandidates(site.path, candidates, scale=scale)
+            error = judge.relative(_change(whole, part, chosen, metric, self._data))
+            cost = build(chosen, site.layer, self._data).cost(site.calls[0].input_shape)
+            candidates.append(Candidate(decision.layer_class, chosen.options, error, cost))
+        return SiteCandidates(site.path, candidates, scale=judge.scale)
 
 
 @torch.no_grad()

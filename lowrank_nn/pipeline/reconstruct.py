@@ -97,7 +97,7 @@ def reconstruct(
             list(task.links),
             visit,
             shortcuts={path: link.shortcut for path, link in task.links.items() if link.shortcut is not None},
-            shared=[*_refitted_buffers(small, task.links)],
+            shared=list(_refitted_buffers(small, task.links)),
             seed=seed,
         )
     unseen = {path: "not refitted: no batch reaches it" for path in task.links if path not in task.visited}
@@ -141,7 +141,7 @@ class _Task:
         """Refit the layer at ``path`` to where the runs of both networks stand."""
         self.visited.add(path)
         new = self._small.get_submodule(path)
-        assert isinstance(new, (LowRankLayer, QuantLayer, nn.Conv2d, nn.Linear))
+        assert isinstance(new, Refittable)
         layer = _trained(self._dense.get_submodule(path), new)
         features = layer.weight[0].numel()
         sums = MomentSums(layer, self._seed, products=features <= MAX_FEATURES)

@@ -17,13 +17,13 @@ from lowrank_nn.graph import Site
 from lowrank_nn.layers import VBMF, LowRankLayer, RankProblem, RankRule, TuckerConv2d, read_layer
 from lowrank_nn.planning.candidates import (
     Candidate,
+    Judge,
     SiteCandidates,
     dense_candidate,
     kernel_cost,
     low_rank_candidates,
     rank_costs,
     site_positions,
-    weight_size,
 )
 from lowrank_nn.planning.choices import Floats
 
@@ -133,7 +133,7 @@ def _weakened(cls: type[LowRankLayer], site: Site, layer: nn.Module, multiple: i
     source = read_layer(layer, cls)
     problem = cls.rank_problem(source)
     table = problem.table()
-    size = weight_size(source.weight)
+    size = Judge(layer, None).size
     estimates = VBMF().choose(problem)
     rules = [_Weakened(estimates, step / _WEAKENINGS, multiple) for step in range(1, _WEAKENINGS + 1)]
     options = [{"rank": cls.resolve_rank(rule, source)} for rule in rules]

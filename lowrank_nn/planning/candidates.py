@@ -46,11 +46,11 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SiteCandidates:
-    """The candidates of one site, the dense layer first, and the reason if there is no other; equal only to itself.
+    """The candidates of one site, and the reason if the dense layer is the only one; equal only to itself.
 
     Attributes:
         path: The layer's dotted path.
-        candidates: The dense layer, then all that save something.
+        candidates: The dense layer, then all that save something; where bits are chosen, one for each width.
         note: Why there are no others; empty if there are.
         scale: e(W), the metric's size of the whole weight, where it estimates the change of the network's output;
             None where errors of different layers have no common scale.
@@ -102,17 +102,16 @@ def low_rank_candidates(
     """
     found: list[Candidate] = []
     notes: list[str] = []
-    judge = _Judge(layer, metric)
+    judge = Judge(layer, metric)
     for cls in (cls for cls in classes if isinstance(layer, cls.replaces)):
         for options in cls.formats:
             try:
-                found += _candidates(cls, options, judge, site_positions(site), multiple)
+                found += _candidates(cls, options, layer, judge, site, multiple)
             except LowRankError as error:
                 notes.append(error.message)
     note = "" if found else (notes[0] if notes else "no format at any rank is smaller")
-    scale = judge.size if metric is not None and metric.curvature is not None else None
     kept = undominated(found, Budget(params=1, macs=1)) if multiple == 1 else found
-    return SiteCandidates(site.path, [dense_candidate(site, layer), *kept], note, scale)
+    return SiteCandidates(site.path, [dense_candidate(site, layer), *kept], note, judge.scale)
 
 
 def dense_candidate(site: Site, layer: nn.Module) -> Candidate:
@@ -134,38 +133,49 @@ def rank_costs(
     return params, macs, saves
 
 
-def weight_size(weight: Tensor, metric: Metric | None = None) -> float:
-    """Return what errors are relative to: the error of losing the whole weight, never zero."""
-    if metric is not None:
-        return max(metric.error(weight), 1e-300)
-    return max(float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2, 1e-300)
-
-
 def kernel_cost(weight: Tensor, params: int, macs: int) -> Cost:
     """Return the cost of factors in the dtype of the weight that they replace."""
     return Cost(params, macs, params * weight.element_size(), params)
 
 
-class _Judge:
-    """A layer with what errors of its replacements are measured by, and relative to."""
+class Judge:
+    """Says how large an error of a layer's weight is: under a metric, or squared in the Frobenius norm.
+
+    Args:
+        layer: The layer, with its weight.
+        metric: The metric; None for the Frobenius norm.
+
+    Attributes:
+        metric: The metric, with a changed mean output counted as error where the layer has no bias to make up for it.
+        size: The error of losing the whole weight, which others are relative to; never zero.
+        scale: ``size`` where it estimates the change of the network's output, else None.
+    """
 
     def __init__(self, layer: nn.Module, metric: Metric | None) -> None:
         assert isinstance(layer.weight, Tensor)
-        self.layer = layer
-        # What no bias makes up for counts as error.
         self.metric = metric if metric is None or layer.bias is not None else metric.with_mean()
-        self.size = weight_size(layer.weight.detach(), self.metric)
+        self.size = max(self._squared(layer.weight.detach()), 1e-300)
+        self.scale = self.size if metric is not None and metric.curvature is not None else None
+
+    def relative(self, change: Tensor) -> float:
+        """Return the error of a change of the weight, relative to losing all of it."""
+        return max(0.0, self._squared(change)) / self.size
+
+    def _squared(self, change: Tensor) -> float:
+        if self.metric is not None:
+            return self.metric.error(change)
+        return float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
 
 
 def _candidates(
-    cls: type[LowRankLayer], options: dict[str, Any], judge: _Judge, positions: list[Positions], multiple: int
+    cls: type[LowRankLayer], options: dict[str, Any], layer: nn.Module, judge: Judge, site: Site, multiple: int
 ) -> list[Candidate]:
     """Return the ranks of one class and variant that save something and cost more of nothing."""
-    source = read_layer(judge.layer, cls)
+    source = read_layer(layer, cls)
     problem = cls.rank_problem(source, **options)
     problem.multiple = multiple
     ranks, errors = problem.table(judge.metric)
-    params, macs, saves = rank_costs(problem, positions, ranks)
+    params, macs, saves = rank_costs(problem, site_positions(site), ranks)
     found = []
     for i in np.flatnonzero(saves & _aligned(ranks, problem)):
         rank = cls.rank_argument(tuple(int(r) for r in ranks[i]), problem.limits)

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lowrank_nn.errors import CalibrationError, OptionError
 from lowrank_nn.graph.groups import ChannelGroup, Member
+from lowrank_nn.graph.surgery import named_tensors
 from lowrank_nn.planning.fisher import BatchLoss
 from lowrank_nn.planning.moment_scores import MOMENT_CRITERIA, from_moments
 from lowrank_nn.planning.similar import similarity_scores, unit_columns, unit_rows
@@ -92,7 +93,7 @@ def unit_importance(
         gaze prediction with dense networks and Fisher pruning" (obd); Fang et al. 2023, "DepGraph" (scores over whole
         groups, relative to their mean).
     """
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors = named_tensors(model)
     score: Score
     if callable(criterion):
         score = functools.partial(criterion, model)
