@@ -153,9 +153,9 @@ def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = Fals
 def _join(tensors: Any, dim: int = 0) -> Tensor | None:
     if not all(isinstance(t, Deferred) and t.dim() == 4 for t in tensors) or dim not in (1, -3):
         return None
-    if len({(t.shape[0], *t.shape[2:]) for t in tensors}) > 1:
-        return None
     first = tensors[0].shape
+    if any((t.shape[0], *t.shape[2:]) != (first[0], *first[2:]) for t in tensors):  # symbolic sizes have no hash
+        return None
     shape = (first[0], sum(t.shape[1] for t in tensors), *first[2:])
     return Deferred(Joined([t.source for t in tensors], shape))
 

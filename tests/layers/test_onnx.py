@@ -74,7 +74,8 @@ def test_onnxruntime_runs_quantized_factors_in_integers_with_equal_predictions(t
     torch.manual_seed(0)
     model, x = Block().eval(), torch.randn(16, 3, 4, 4)
     small = quantized(model, x, lnn.Apply(lnn.TuckerConv2d, where="body", rank=(8, 8)))
-    found, operators = run(small, x, tmp_path)
+    run, operators = started(small, x, tmp_path)
+    found = run(x)
     with torch.no_grad():
         expected = small.requires_grad_(True)(x)
     assert torch.equal(found.argmax(1), expected.argmax(1))
@@ -152,16 +153,20 @@ def quantized(model, x, *steps):
     return lnn.compress_model(model.eval(), x, recipe, calibration=[x], progress=False).model.eval()
 
 
-def run(model, x, folder):
-    """Return what onnxruntime computes, and how many operators of each kind it does so with."""
+def started(model, x, folder):
+    """Return a function that runs the model in onnxruntime, for batches of any size, and how many operators it has."""
     runtime = pytest.importorskip("onnxruntime")
-    export(model, x, folder / "net.onnx")
+    export(model, x, folder / "net.onnx", dynamic_shapes=({0: torch.export.Dim("batch")},))
     options = runtime.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(folder / "optimized.onnx"), 3
     session = runtime.InferenceSession(str(folder / "net.onnx"), options, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     nodes = onnx.load(str(folder / "optimized.onnx")).graph.node
-    return torch.from_numpy(found), collections.Counter(node.op_type for node in nodes)
+    name = session.get_inputs()[0].name
+
+    def run(x):
+        return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+    return run, collections.Counter(node.op_type for node in nodes)
 
 
 NETS = {
@@ -180,7 +185,8 @@ def test_onnxruntime_computes_whole_networks_in_integers(net, tmp_path):
     x = torch.randn(16, 3, 4, 4) if net == "dense" else torch.randn(4, 3, 16, 16)
     model = make()
     small = quantized(model, x)
-    found, operators = run(small, x, tmp_path)
+    run, operators = started(small, x, tmp_path)
+    found = run(x)
     assert {name: operators[name] for name in expected} == expected
     assert not operators["Conv"] + operators["Gemm"]
     with torch.no_grad():
@@ -188,19 +194,7 @@ def test_onnxruntime_computes_whole_networks_in_integers(net, tmp_path):
     error = (eager - dense).norm()
     assert (found - eager).norm() < 2 * error
     assert (found - dense).norm() < 2 * error
-
-
-def test_batches_of_any_size(tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
-    torch.manual_seed(0)
-    x = torch.randn(4, 3, 16, 16)
-    small = quantized(Residual(), x)
-    export(small, x, tmp_path / "net.onnx", dynamic_shapes=({0: torch.export.Dim("batch")},))
-    session = runtime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    (whole,) = session.run(None, {name: x.numpy()})
-    (one,) = session.run(None, {name: x[:1].numpy()})
-    np.testing.assert_allclose(one, whole[:1], atol=0.01 * np.abs(whole).max())
+    torch.testing.assert_close(run(x[:1]), found[:1], rtol=0, atol=0.01 * float(found.abs().max()))
 
 
 def test_biases_of_channels_that_are_nearly_zero_do_not_overflow(tmp_path):
@@ -211,7 +205,7 @@ def test_biases_of_channels_that_are_nearly_zero_do_not_overflow(tmp_path):
             layer.weight[0] *= scale
             layer.bias[0] = 0.5
     small = quantized(model, x)
-    found, _ = run(small, x, tmp_path)
+    found = started(small, x, tmp_path)[0](x)
     with torch.no_grad():
         torch.testing.assert_close(found, small(x), rtol=0, atol=0.03 * float(found.abs().max()))
 
