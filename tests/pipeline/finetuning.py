@@ -56,24 +56,3 @@ def cross_entropy(model, batch):
 def distance(model, teacher):
     with torch.no_grad():
         return float((model.eval()(X) - teacher(X)).pow(2).mean())
-
-
-def snapshot(model):
-    return {
-        "values": {k: v.clone() for k, v in model.state_dict().items()},
-        "modes": [m.training for m in model.modules()],
-        "flags": [p.requires_grad for p in model.parameters()],
-        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
-        "attributes": [sorted(vars(m)) for m in model.modules()],
-    }
-
-
-def assert_untouched(model, before):
-    after = snapshot(model)
-    assert before["values"].keys() == after["values"].keys()
-    assert all(torch.equal(v, after["values"][k]) for k, v in before["values"].items())
-    for a, b in zip(before["grads"], after["grads"], strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
-    for key in ("modes", "flags", "hooks", "attributes"):
-        assert before[key] == after[key]

@@ -14,13 +14,12 @@ from tests.pipeline.finetuning import (
     Net,
     X,
     Y,
-    assert_untouched,
     compress,
     distance,
     make_net,
     same_bits,
-    snapshot,
 )
+from tests.untouched import assert_untouched, snapshot
 from tests.zoo import ZOO
 
 

@@ -14,12 +14,11 @@ from tests.pipeline.finetuning import (
     TUCKER,
     Net,
     X,
-    assert_untouched,
     compress,
     cross_entropy,
     make_net,
-    snapshot,
 )
+from tests.untouched import assert_untouched, snapshot
 
 
 def test_modes_are_kept_and_a_model_in_train_mode_keeps_them_while_training():

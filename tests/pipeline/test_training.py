@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lowrank_nn import Apply, FineTune, SVDLinear, TrainingError, compress_model
 from lowrank_nn.errors import OptionError
+from tests.pipeline.finetuning import cross_entropy, same_bits
 
 
 class InterruptionError(Exception):
@@ -32,15 +33,6 @@ def shuffled(generator=None):
 def run(model, *, epochs=4, loader=None, before=SVD, **options):
     step = FineTune(shuffled() if loader is None else loader, epochs, **options)
     return compress_model(model, X[:2], [before, step] if before else [step], progress=False).model
-
-
-def same_bits(first, second):
-    first, second = first.state_dict(), second.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def cross_entropy(model, batch):
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def stop_after(epochs, loss=cross_entropy):

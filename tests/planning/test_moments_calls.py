@@ -12,6 +12,7 @@ from lowrank_nn.errors import CalibrationError, PlanError
 from lowrank_nn.planning import collect_metrics
 from tests.planning.patches import all_patches, check
 from tests.planning.seeded import randn, seeded
+from tests.untouched import assert_untouched, snapshot
 
 
 class Net(nn.Module):
@@ -99,28 +100,6 @@ def test_nested_and_empty_inputs():
     assert collect_metrics(layer, torch.zeros(0, 5), [""]) == {}
 
 
-def snapshot(model):
-    return (
-        {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        [(name, module.training, sorted(vars(module))) for name, module in model.named_modules()],
-        [(name, p.requires_grad, p.grad) for name, p in model.named_parameters()],
-        torch.get_rng_state(),
-    )
-
-
-def assert_as_before(model, before):
-    after = snapshot(model)
-    assert all(torch.equal(after[0][name], before[0][name]) for name in before[0])
-    assert after[1] == before[1]
-    for (_, flag, gradient), (_, old_flag, old_gradient) in zip(after[2], before[2], strict=True):
-        assert flag == old_flag
-        assert gradient is old_gradient
-    assert torch.equal(after[3], before[3])
-    assert not torch.is_inference_mode_enabled()
-    assert torch.is_grad_enabled()
-    assert torch.backends.mha.get_fastpath_enabled()
-
-
 class Interrupted(Net):
     """Stops as Ctrl-C does, on the first call or in the probe that follows it."""
 
@@ -150,7 +129,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error(case):
         pass
     else:
         assert case == "fine"
-    assert_as_before(model, before)
+    assert_untouched(model, before)
     assert model.norm.forward is own
     assert model.again.weight.grad is kept
     assert bool((kept == 1).all())

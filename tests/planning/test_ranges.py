@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lowrank_nn.errors import CalibrationError, OptionError, PlanError
 from lowrank_nn.planning import collect_ranges
+from tests.untouched import assert_untouched, snapshot
 
 
 def randn(*shape, seed=0):
@@ -148,14 +149,6 @@ def test_the_model_itself_and_shared_layers_have_a_range():
     assert ranges["0"] == ranges["1"]
 
 
-def snapshot(model):
-    return (
-        {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        [(name, module.training, sorted(vars(module))) for name, module in model.named_modules()],
-        torch.get_rng_state(),
-    )
-
-
 @pytest.mark.parametrize("batch", [randn(2, 3, 6, 6), randn(2, 3, 6, 6) * float("nan"), randn(2, 5)])
 def test_the_model_is_left_as_it_was_also_after_an_error(batch):
     model = net()
@@ -168,12 +161,8 @@ def test_the_model_is_left_as_it_was_also_after_an_error(batch):
         pass
     else:
         assert torch.isfinite(batch).all()
-    after = snapshot(model)
-    assert all(torch.equal(after[0][name], before[0][name]) for name in before[0])
-    assert after[1] == before[1]
-    assert torch.equal(after[2], before[2])
+    assert_untouched(model, before)
     assert model.norm.forward is own
-    assert torch.is_grad_enabled()
 
 
 BAD_CALLS = [
