@@ -52,6 +52,11 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return z - z.mean(1, keepdim=True)
 
 
+def accuracy(z: Tensor, labels: Tensor) -> float:
+    """Return top-1 accuracy in percent."""
+    return 100 * float((z.argmax(1) == labels).float().mean())
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Quantize the network in all ways and print the table."""
     folder = arguments.data / "cifar-10-batches-py"
@@ -69,11 +74,6 @@ def run(arguments: argparse.Namespace) -> None:
         z, size = logits(small, images), packed_size(small)
         change = float((z - expected).square().sum() / expected.square().sum())
         print(f"| {name} | {accuracy(z, labels):.2f} | {change:.2%} | {size:,} ({full / size:.2f}x) |", flush=True)
-
-
-def accuracy(z: Tensor, labels: Tensor) -> float:
-    """Return top-1 accuracy in percent."""
-    return 100 * float((z.argmax(1) == labels).float().mean())
 
 
 def main() -> None:
