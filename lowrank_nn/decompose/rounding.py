@@ -77,5 +77,6 @@ def _upper_root(covariance: Tensor, order: Tensor) -> Tensor:
         diagonal += times * step
         lower, failed = torch.linalg.cholesky_ex(matrices)
         if not bool(failed.any()):
-            return lower.flip(1, 2)
+            root: Tensor = lower.flip(1, 2)
+            return root
     raise not_semidefinite()

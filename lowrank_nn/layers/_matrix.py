@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ Order = Literal["spatial_first", "pointwise_first"]
 
 
 class MatrixProblem(RankProblem):
-    """The rank of one matrix per group; subclasses give the cost."""
+    """The rank of one matrix per group; subclasses give the cost, and the errors under a metric."""
 
     def __init__(self, name: str, matrices: Tensor) -> None:
         self.name = name
@@ -34,8 +35,16 @@ class MatrixProblem(RankProblem):
         return np.asarray(ranks[0]) * self.groups * (self.rows + self.columns)
 
     def table(self, metric: Metric | None = None) -> RankTable:
-        """Return all ranks, with the errors of the truncated singular value decomposition."""
-        return RankTable(np.arange(1, self.limits[0] + 1)[:, None], truncation_errors(self.matrices))
+        """Return all ranks, with the errors of the truncated SVD or of the fit under a metric."""
+        if metric is None:
+            errors = truncation_errors(self.matrices)
+        else:
+            errors = self._errors_under(metric)[: self.limits[0]].cpu().numpy()
+        return RankTable(np.arange(1, self.limits[0] + 1)[:, None], errors)
+
+    @abc.abstractmethod
+    def _errors_under(self, metric: Metric) -> Tensor:
+        """Return the error under the metric of every rank from 1 on."""
 
 
 def truncation_errors(matrices: Tensor) -> NDArray[np.float64]:
@@ -48,12 +57,8 @@ def truncation_errors(matrices: Tensor) -> NDArray[np.float64]:
 class LinearProblem(MatrixProblem):
     """The rank of the weight of a linear layer."""
 
-    def table(self, metric: Metric | None = None) -> RankTable:
-        """Return all ranks, with the exact errors."""
-        table = super().table()
-        if metric is None:
-            return table
-        return table._replace(errors=weighted_svd_errors(self.matrices[0], metric).cpu().numpy())
+    def _errors_under(self, metric: Metric) -> Tensor:
+        return weighted_svd_errors(self.matrices[0], metric)
 
     def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
         return self.params(*ranks) * positions.batch
@@ -83,11 +88,12 @@ class ConvProblem(MatrixProblem):
         """
         if self.order == "pointwise_first" and self.taps == 1:
             return RankTable(np.empty((0, 1), dtype=np.int64), np.empty(0))
-        table = super().table()
-        if metric is None:
-            return table
-        errors = weighted_svd_errors if self.order == "spatial_first" else weighted_tucker1_errors
-        return table._replace(errors=errors(self.weight, metric)[: self.limits[0]].cpu().numpy())
+        return super().table(metric)
+
+    def _errors_under(self, metric: Metric) -> Tensor:
+        if self.order == "spatial_first":
+            return weighted_svd_errors(self.weight, metric)
+        return weighted_tucker1_errors(self.weight, metric)
 
     def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
         # The second convolution runs on output positions; a leading 1x1 runs on every input position.

@@ -51,16 +51,12 @@ class _SpatialProblem(MatrixProblem):
         """
         if 1 in self.weight.shape[2:]:
             return RankTable(np.empty((0, 1), dtype=np.int64), np.empty(0))
-        table = super().table()
-        if metric is None:
-            return table
-        wanted = np.minimum(np.ceil(_FITTED_SHARES * self._break_even()), self.limits[0])
-        errors = weighted_tucker1_errors(_merge_rows(self.weight), metric, np.unique(wanted.astype(np.int64)).tolist())
-        return table._replace(errors=errors[: self.limits[0]].cpu().numpy())
+        return super().table(metric)
 
-    def _break_even(self) -> float:
-        """Return the rank that costs as many parameters as the dense layer."""
-        return self.weight.numel() / int(self.params(1))
+    def _errors_under(self, metric: Metric) -> Tensor:
+        break_even = self.weight.numel() / int(self.params(1))
+        wanted = np.minimum(np.ceil(_FITTED_SHARES * break_even), self.limits[0])
+        return weighted_tucker1_errors(_merge_rows(self.weight), metric, np.unique(wanted.astype(np.int64)).tolist())
 
 
 def _unfold(weight: Tensor, groups: int) -> Tensor:

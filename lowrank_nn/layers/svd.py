@@ -9,24 +9,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lowrank_nn.decompose import (
-    Metric,
-    truncated_svd,
-    weighted_svd,
-    weighted_tucker1,
-)
+from lowrank_nn.decompose import Metric, truncated_svd, weighted_svd, weighted_tucker1
 from lowrank_nn.errors import OptionError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._matrix import ConvProblem, LinearProblem, Order, unfold_kernel
 from lowrank_nn.layers._ranks import RankProblem, RankRule, check_rank
-from lowrank_nn.layers._shapes import (
-    CompressedConv2d,
-    CompressedLinear,
-    PaddingMode,
-    Size,
-    draw_factors_,
-)
+from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size, draw_factors_
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages
 

@@ -1,7 +1,8 @@
-"""Every low-rank class under metrics of every kind, on drawn layers: what all their fits have to keep."""
+"""Every class that is fitted under metrics, of every kind, on drawn layers: what all their fits have to keep."""
 
 import copy
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -21,7 +22,13 @@ FORMATS = {name: [*cls.formats, *([{"factors": 4}] if name == "CPConv2d" else []
 SLACK = {name: 1e-5 if name == "CPConv2d" else 1e-7 for name in CLASSES}
 """Shares of ``scale_of`` that count as nothing: the search for CP terms ends there, the closed forms have a ridge."""
 
+FITTED = {
+    name: cls for name, cls in LAYERS.items() if "metric" in inspect.signature(cls.from_pretrained_layer).parameters
+}
+"""Quantized layers too."""
+
 every_class = pytest.mark.parametrize("cls", list(CLASSES.values()), ids=list(CLASSES))
+every_fitted_class = pytest.mark.parametrize("cls", list(FITTED.values()), ids=list(FITTED))
 
 
 @st.composite
@@ -140,7 +147,7 @@ def usual_layer(cls):
 
 
 @pytest.mark.parametrize("share", [1e-7, 1e-4])
-@every_class
+@every_fitted_class
 def test_a_covariance_that_rounding_made_indefinite(cls, share):
     """As when it was added up in float32, of fewer patches than a patch has entries."""
     layer = usual_layer(cls)
@@ -166,7 +173,7 @@ def test_a_table_under_a_covariance_that_is_none_is_refused(cls, options):
         problem.table(metric)
 
 
-@every_class
+@every_fitted_class
 def test_a_fit_touches_nothing_and_draws_nothing(cls):
     layer = usual_layer(cls)
     metric = random_metric(layer)
