@@ -65,7 +65,7 @@ def prove(
         seed: Seed of what the model draws.
 
     Raises:
-        PlanError: The model fails on the inputs.
+        PlanError: The model fails on the inputs, or returns no finite numbers, so that there is nothing to compare.
     """
     trial = _Trial(model, example_inputs, seed)
     refused: dict[str, str] = {}
@@ -124,18 +124,23 @@ class _Trial:
 
     def __init__(self, model: nn.Module, example_inputs: Any, seed: int) -> None:
         self._seed = seed
-        self._model, self._inputs = _widest(model, example_inputs, seed)
+        self._model, self._inputs, seen = _widest(model, example_inputs, seed)
         self.runs: list[_Mode] = [("in eval mode", self._evaluate)]
         self.untested = ""
         for inputs in (doubled(self._inputs), self._inputs):
             try:
-                self._train(inputs)
+                seen += self._train(inputs).outputs
             except Exception as error:
                 self.untested = f"in train mode the model fails on the example inputs ({_short(error)})"
             else:
                 self.runs.append(("in train mode", functools.partial(self._train, inputs)))
                 self.untested = ""
                 break
+        if not any(torch.isfinite(output).any() for output in seen):
+            raise PlanError(
+                f"{type(model).__name__}: the forward returns no finite numbers on example_inputs, so nothing can be "
+                "proven of smaller models. Pass inputs with a batch of at least one, on which it gives numbers."
+            )
 
     def difference(self, removals: Sequence[Removal], runs: Sequence[_Mode]) -> str:
         """Return how the model without some units differs from the one where they are zero; empty if it does not."""
@@ -185,8 +190,8 @@ class _Trial:
             return _Run(_copies(outputs), gradients, buffers)
 
 
-def _widest(model: nn.Module, example_inputs: Any, seed: int) -> tuple[nn.Module, Any]:
-    """Return a copy of the model, and its inputs, in float64 if it runs in that."""
+def _widest(model: nn.Module, example_inputs: Any, seed: int) -> tuple[nn.Module, Any, list[Tensor]]:
+    """Return a copy of the model, its inputs and its outputs, in float64 if it runs in that."""
     failure: Exception | None = None
     for wide in (True, False):
         candidate, inputs = copy.deepcopy(model), example_inputs
@@ -195,11 +200,11 @@ def _widest(model: nn.Module, example_inputs: Any, seed: int) -> tuple[nn.Module
                 candidate, inputs = candidate.double(), map_tensors(_double, inputs)
             with evaluating(candidate):
                 _prepare(seed)
-                call_model(candidate, inputs)
+                outputs = _copies(call_model(candidate, inputs))
         except Exception as error:
             failure = error
         else:
-            return candidate, inputs
+            return candidate, inputs, outputs
     raise PlanError(f"{type(model).__name__}: the forward fails on example_inputs: {_short(failure)}.") from failure
 
 

@@ -30,8 +30,8 @@ class Prune(Step):
     (:func:`lowrank_nn.find_groups`): its row and bias, its place in every norm behind it, the columns of all layers
     that read it, and whatever a residual sum, a concatenation or a depthwise convolution ties to it; heads of an
     attention and the ranks inside low-rank layers are such units too. They go together, and every removal is proven:
-    without them the model gives what it gave with them held at zero, in eval and train mode, forward and backward. What
-    cannot be proven stays, and the report says why.
+    without them the model gives what it gave with them held at zero, in eval and train mode, forward and backward, its
+    layer norms taken over the channels that stay. What cannot be proven stays, and the report says why.
 
     With any other granularity, convolutions, linear layers and the factors inside low-rank layers are masked. The
     zeros survive fine-tuning and quantization and shrink the saved file; a masked layer needs as many MACs as before,

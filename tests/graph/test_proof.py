@@ -167,6 +167,13 @@ def test_inputs_that_do_not_fit_are_an_error():
         prove(model, removals_of(model, 0), X[:, :2])
 
 
+@pytest.mark.parametrize("inputs", [X[:0], torch.full_like(X, torch.nan)], ids=["empty", "nan"])
+def test_nothing_is_proven_where_nothing_can_be_compared(inputs):
+    model = plain()
+    with pytest.raises(PlanError, match="Sequential: the forward returns no finite numbers on example_inputs"):
+        prove(model, removals_of(model, 0), inputs)
+
+
 def test_dropout_and_dict_inputs():
     class Net(nn.Module):
         def __init__(self):
