@@ -153,7 +153,7 @@ def describe_paths(paths: Iterable[str]) -> str:
     """Return a sentence that lists the paths there are, for error messages."""
     names = [path or '"" (the model itself)' for path in paths]
     more = f" and {len(names) - PATHS_SHOWN} more" if len(names) > PATHS_SHOWN else ""
-    return f"There are: {', '.join(names[:PATHS_SHOWN])}{more}."
+    return f"There are: {', '.join(names[:PATHS_SHOWN]) or 'none'}{more}."
 
 
 class _CallLog:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import fnmatch
 import math
 from collections.abc import Iterator, Sequence
 
@@ -13,9 +12,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lowrank_nn.errors import OptionError, PlanError
 from lowrank_nn.graph.groups import ChannelGroup, Member
-from lowrank_nn.graph.sites import describe_paths
+from lowrank_nn.graph.sites import describe_paths, find_sites
 from lowrank_nn.layers._masks import Granularity, Units
-from lowrank_nn.pipeline.select import Patterns, as_patterns
+from lowrank_nn.pipeline.select import Patterns, select
 
 FOR_LINEAR = ("element", "channel", "filter")
 """Granularities that a linear layer has."""
@@ -211,20 +210,9 @@ def _slices(parameter: Tensor, member: Member, positions: Tensor) -> Tensor:
 def _chosen(
     name: str, model: nn.Module, kinds: tuple[type[nn.Module], ...], where: Patterns, but_not: Patterns
 ) -> list[nn.Module]:
-    """Return the layers of these kinds whose path matches a pattern of ``where`` and none of ``but_not``."""
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
-    matched = {
-        pattern: {path for path in layers if fnmatch.fnmatchcase(path, pattern)} for pattern in _all(where, but_not)
-    }
-    for pattern, paths in matched.items():
-        if not paths:
-            raise PlanError(f"{name}: the pattern {pattern!r} matches no layer. {describe_paths(layers)}")
-    wanted = set().union(*(matched[pattern] for pattern in as_patterns(where)))
-    chosen = wanted.difference(*(matched[pattern] for pattern in as_patterns(but_not)))
+    """Return the layers of these kinds that are wanted."""
+    sites = [site for site in find_sites(model) if isinstance(site.layer, kinds)]
+    chosen = [site.layer for site in select(sites, where, but_not, name)]
     if not chosen:
-        raise PlanError(f"{name}: but_not leaves no layer. {describe_paths(layers)}")
-    return [layer for path, layer in layers.items() if path in chosen]
-
-
-def _all(where: Patterns, but_not: Patterns) -> tuple[str, ...]:
-    return (*as_patterns(where), *as_patterns(but_not))
+        raise PlanError(f"{name}: but_not leaves no layer. {describe_paths(site.path for site in sites)}")
+    return chosen

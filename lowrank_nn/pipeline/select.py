@@ -7,13 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lowrank_nn.errors import PlanError
 from lowrank_nn.graph import Site
+from lowrank_nn.graph.sites import describe_paths
 
 Patterns = str | Sequence[str]
-
-
-def as_patterns(patterns: Patterns) -> tuple[str, ...]:
-    """Return one pattern or several as a tuple."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def select(sites: Iterable[Site], where: Patterns, but_not: Patterns, step: str) -> list[Site]:
@@ -32,12 +28,12 @@ def select(sites: Iterable[Site], where: Patterns, but_not: Patterns, step: str)
         PlanError: A pattern matches no layer; the message lists the paths there are.
     """
     sites = list(sites)
-    wanted, unwanted = as_patterns(where), as_patterns(but_not)
+    wanted, unwanted = ((names,) if isinstance(names, str) else tuple(names) for names in (where, but_not))
     for pattern in (*wanted, *unwanted):
         if not any(_matches(site, pattern) for site in sites):
             raise PlanError(
                 f"{step}: the pattern {pattern!r} matches no layer that this step can act on. "
-                f"There are: {_listing(sites)}."
+                f"{describe_paths(site.path for site in sites)}"
             )
     return [
         site
@@ -70,9 +66,3 @@ def strictest(
 def _matches(site: Site, pattern: str) -> bool:
     names = [site.path, *site.aliases] + ([site.inside] if site.inside is not None else [])
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
-
-def _listing(sites: list[Site], most: int = 60) -> str:
-    names = [site.path or "'' (the model itself)" for site in sites]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more

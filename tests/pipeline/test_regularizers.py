@@ -75,6 +75,7 @@ def test_where_and_but_not():
     assert first + rest == pytest.approx(float(lnn.GroupLasso(1)(model).detach()))
     factorised = nn.Sequential(lnn.TuckerConv2d(4, 6, 3, rank=(3, 2)))
     assert float(lnn.GroupLasso(1, where="0.core")(factorised).detach()) > 0
+    assert lnn.GroupLasso(1, where="0")(factorised) == lnn.GroupLasso(1)(factorised)  # of what a layer is made of
     with pytest.raises(PlanError, match="'fc' matches no layer"):
         lnn.GroupLasso(1, where="fc")(model)
     with pytest.raises(PlanError, match="but_not leaves no layer"):
