@@ -175,6 +175,8 @@ class _Follower(ForwardWatch):
         """Return the labels of a tensor."""
         known: _Known | None = self._known.get(tensor)  # type: ignore[no-untyped-call]
         if known is None:
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                self._freeze(torch._C._functorch.get_unwrapped(tensor), f"goes into torch.func, in {self._path}")
             known = self._write(tensor, self._new(tensor))
         elif known.version != _version(tensor):
             self.units.freeze(known.force().ids(), f"changed in place out of sight, in {self._path}")
@@ -327,4 +329,5 @@ def _version(tensor: Tensor) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+    plain = tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.untyped_storage()._cdata if plain else id(tensor)

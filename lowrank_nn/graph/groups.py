@@ -71,7 +71,7 @@ def find_groups(model: nn.Module, example_inputs: Any) -> tuple[ChannelGroup, ..
     together, so a group reaches through residual sums, concatenations, splits, shuffles and attention heads. Units
     that the model returns, that an operation mixes (a softmax its channels), or that go into a function without a
     rule (see :func:`lowrank_nn.register_rule`) are frozen. A second forward has twice the batch size, if the model
-    takes that. The model and the process are left as they were.
+    takes that. The model and the process are left as they were; no other thread may run the model meanwhile.
 
     Args:
         model: Any module whose forward runs.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_nn.graph.surgery import named_tensors
 from lowrank_nn.graph.swap import replace_module
 from lowrank_nn.layers import CompressedLayer
 
@@ -42,12 +43,11 @@ def with_numbers(bare: nn.Module, given: nn.Module, *, fit: bool = True) -> nn.M
         given: The model with numbers; not changed, and it shares no memory with the copy.
         fit: Whether compressed layers are fitted to these weights, which takes time, or filled at random.
     """
-    known = dict(given.named_parameters(remove_duplicate=False)) | dict(given.named_buffers(remove_duplicate=False))
+    known = named_tensors(given)
     device = next((tensor.device for tensor in known.values()), torch.device("cpu"))
-    wanted = dict(bare.named_parameters(remove_duplicate=False)) | dict(bare.named_buffers(remove_duplicate=False))
     memo: dict[int, Any] = {}
     made: set[str] = set()
-    for name, tensor in wanted.items():
+    for name, tensor in named_tensors(bare).items():
         value = known.get(name)
         if value is None or value.shape != tensor.shape:
             made.add(name)

@@ -316,6 +316,12 @@ def test_code_that_cannot_be_watched_is_a_barrier():
     assert groups[0].frozen == "used by code that cannot be watched, in 1"
 
 
+@pytest.mark.parametrize("function", [torch.vmap(torch.relu), torch.func.grad(lambda x: x.sin().sum())])
+def test_transforms_of_functions_are_barriers(function):
+    groups = find_groups(sequential(Call(function)), IMAGE.float())
+    assert groups[0].frozen == "goes into torch.func, in 1"
+
+
 def test_memory_shared_with_numpy_is_a_barrier():
     groups = find_groups(sequential(Call(lambda x: torch.from_numpy(x.numpy()) + x)), IMAGE.float())
     assert groups[0].frozen == "no rule for torch.Tensor.numpy, called in 1"
