@@ -27,7 +27,7 @@ class Apply(Step):
         **options: Options of the class's ``from_pretrained_layer``, such as ``rank=(16, 16)``.
 
     Raises:
-        PlanError: An option is unknown to the class.
+        PlanError: An option is unknown to the class, or one that it needs is missing.
     """
 
     def __init__(
@@ -143,15 +143,20 @@ def refusal(site: Site) -> str:
 
 
 def check_options(cls: type[CompressedLayer], options: dict[str, Any]) -> None:
-    """Refuse options that ``cls.from_pretrained_layer`` does not take.
+    """Refuse options that ``cls.from_pretrained_layer`` does not take, and to go without those that it needs.
 
     Raises:
-        PlanError: An option is unknown to the class.
+        PlanError: An option is unknown to the class, or missing.
     """
-    known = [name for name in inspect.signature(cls.from_pretrained_layer).parameters if name != "layer"]
-    unknown = sorted(set(options) - set(known))
+    parameters = inspect.signature(cls.from_pretrained_layer).parameters
+    known = {name: option for name, option in parameters.items() if name != "layer"}
+    unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise PlanError(f"Apply: {cls.__name__} takes no option {', '.join(unknown)}; it takes {', '.join(known)}.")
+    needed = (name for name, option in known.items() if option.default is inspect.Parameter.empty)
+    missing = [name for name in needed if name not in options]
+    if missing:
+        raise PlanError(f"Apply: {cls.__name__} needs {', '.join(missing)}: Apply({cls.__name__}, {missing[0]}=...).")
 
 
 def _with_rank(state: State, site: Site, cls: type[CompressedLayer], options: dict[str, Any]) -> dict[str, Any]:

@@ -66,9 +66,9 @@ def test_errors_of_a_layer_say_where_it_is(net, step):
     assert caught.value.path == ("conv2" if step.where == "conv2" else "conv1")
 
 
-def test_missing_options_are_an_error_of_ours(net):
-    with pytest.raises((lnn.LowRankError, TypeError), match="rank"):
-        run(net, lnn.Apply(lnn.TuckerConv2d, where="conv2"))
+def test_missing_options_are_refused_at_once():
+    with pytest.raises(lnn.PlanError, match=r"TuckerConv2d needs rank: Apply\(TuckerConv2d, rank=\.\.\.\)"):
+        lnn.Apply(lnn.TuckerConv2d, where="conv2")
 
 
 def test_what_saves_nothing_stays_dense(net):
