@@ -17,6 +17,7 @@ from lowrank_nn.layers._affine import affine_parameters, unsigned_grid
 from lowrank_nn.layers._onednn import Activation, CodeGrid, Geometry
 
 _OPSET = 13  # the first with a scale per channel
+_LARGEST_BIAS = 2.0**31 - 2.0**28  # leaves room for the sums that engines add to it in 32 bits
 _CLIPS = ("none", "relu", "hardtanh")  # what quantizing the result does along the way
 _FUNCTIONS = {"relu": F.relu, "hardtanh": F.relu6, "hardswish": F.hardswish, "swish": F.silu}
 
@@ -100,11 +101,13 @@ def dequantize_weight(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tenso
 def dequantize_bias(bias: Tensor, step: Tensor) -> Tensor:
     """Return a bias rounded to int32 multiples of ``step``, the scale of the input times that of the weight.
 
+    Scales are chosen so that it fits; one that was changed since is clipped.
+
     Args:
         bias: Bias, ``(O,)``.
         step: Scale of the sums that it is added to, ``(O,)`` or 0-dimensional.
     """
-    codes = torch.round(bias / step).to(torch.int32)
+    codes = torch.round(bias / step).clamp(-_LARGEST_BIAS, _LARGEST_BIAS).to(torch.int32)
     return _dequantize(codes, step, torch.zeros_like(step, dtype=torch.int32))
 
 

@@ -22,6 +22,7 @@ from lowrank_nn.layers._affine import (
     signed_grid,
     symmetric_grid,
     symmetric_scale,
+    widened,
 )
 from lowrank_nn.layers._base import Packing
 from lowrank_nn.layers._integer import IntegerLayer
@@ -38,6 +39,7 @@ Scheme = Literal["symmetric", "affine"]
 
 BUFFERS = ("weight_int", "weight_scale", "weight_zero_point", "mask", "input_scale", "input_zero_point")
 UNCALIBRATED = (-4.0, 4.0)  # four standard deviations of a normalised input
+LARGEST_BIAS = 2.0**30  # in steps of the sums, which are added to it in 32 bits
 
 
 class QuantLayer(IntegerLayer):
@@ -173,11 +175,12 @@ class QuantLayer(IntegerLayer):
         if new.mask is not None:
             assert isinstance(layer, PrunedLayer)
             new.mask.copy_(layer.mask)
-        new.approximate_(source.weight, metric if metric is None or source.bias is not None else metric.with_mean())
         if input_range is not None:
             new.set_input_range(*input_range)
         if inputs is not None:
             new.calibrate(inputs, observer=observer)
+        source.copy_bias_to(new)  # scales depend on it
+        new.approximate_(source.weight, metric if metric is None or source.bias is not None else metric.with_mean())
         return source.finish(new, metric)
 
     @classmethod
@@ -313,9 +316,15 @@ class QuantLayer(IntegerLayer):
 
     def _grid_of(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scale and zero point that fit ``kernel``."""
-        if self.scheme == "symmetric":
-            return symmetric_scale(kernel, self.bits), torch.zeros((), dtype=torch.int32, device=kernel.device)
-        return affine_parameters(kernel.amin(), kernel.amax(), self._weight_grid, kernel.dtype)
+        if self.scheme == "affine":
+            return affine_parameters(kernel.amin(), kernel.amax(), self._weight_grid, kernel.dtype)
+        scale = symmetric_scale(kernel, self.bits)
+        if self.bias is not None and self.input_scale is not None:
+            # A channel that is little beside its bias gets longer steps: engines count the bias in them, in 32 bits.
+            wide = widened(scale.dtype)
+            least = self.bias.detach().to(wide).abs() / (LARGEST_BIAS * self.input_scale.to(wide))
+            scale = torch.maximum(scale, least.to(scale.dtype))
+        return scale, torch.zeros((), dtype=torch.int32, device=kernel.device)
 
     def _rounded(self, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes (0 where masked), scale and zero point of ``kernel``."""

@@ -48,6 +48,13 @@ class Source:
         """Build ``cls`` with this layer's shape, device and dtype, its memory not yet filled."""
         return cls.empty(device=self.weight.device, dtype=self.weight.dtype, **self.arguments, **options)
 
+    @torch.no_grad()
+    def copy_bias_to(self, new: CompressedLayer) -> None:
+        """Give ``new`` the bias of this layer, for weights that are chosen by it; :meth:`finish` does so too."""
+        if self.bias is not None:
+            assert isinstance(new.bias, nn.Parameter)
+            new.bias.copy_(self.bias)
+
     def finish(self, new: AnyCompressed, metric: Metric | None = None) -> AnyCompressed:
         """Give ``new`` the bias, memory format, train/eval mode and requires_grad flags of this layer.
 
@@ -55,11 +62,11 @@ class Source:
         """
         weight_trains, bias_trains = _trains(self.layer, "weight"), _trains(self.layer, "bias")
         new.requires_grad_(weight_trains)
+        self.copy_bias_to(new)
         if self.bias is not None:
             assert isinstance(new.bias, nn.Parameter)
-            with torch.no_grad():
-                new.bias.copy_(self.bias)
-                if metric is not None and not new.bias.is_meta:
+            if metric is not None and not new.bias.is_meta:
+                with torch.no_grad():
                     new.bias.add_(metric.mean_output(self.weight - new.dense_weight()).to(new.bias.device))
             new.bias.requires_grad_(bias_trains)
         weight = self.weight

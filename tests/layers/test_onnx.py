@@ -201,13 +201,15 @@ def test_biases_of_channels_that_are_nearly_zero_do_not_overflow(tmp_path):
     torch.manual_seed(0)
     x, model = torch.randn(16, 3, 4, 4), Block()
     with torch.no_grad():
-        for layer, scale in ((model.stem, 0), (model.body, 1e-6), (model.fc, 1e-12)):
+        for layer, scale, bias in ((model.stem, 0, 0.5), (model.body, 1e-6, 0.5), (model.fc, 1e-12, 30.0)):
             layer.weight[0] *= scale
-            layer.bias[0] = 0.5
+            layer.bias[0] = bias
     small = quantized(model, x)
     found = started(small, x, tmp_path)[0](x)
     with torch.no_grad():
-        torch.testing.assert_close(found, small(x), rtol=0, atol=0.03 * float(found.abs().max()))
+        expected = small(x)
+    torch.testing.assert_close(found[:, 0], torch.full((16,), 30.0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[:, 1:], expected[:, 1:], rtol=0, atol=0.03 * float(expected[:, 1:].abs().max()))
 
 
 def test_other_schemes_are_exported_too(tmp_path):
