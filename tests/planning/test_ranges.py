@@ -1,3 +1,5 @@
+"""Ranges of what layers take and return, against numpy on what forward hooks see."""
+
 import copy
 import re
 
