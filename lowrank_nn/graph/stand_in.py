@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowrank_nn.graph.surgery import named_tensors
 from lowrank_nn.graph.swap import replace_module
 from lowrank_nn.layers import CompressedLayer
+from lowrank_nn.layers._packed import is_channels_last
 
 
 def stand_in(dense: nn.Module, replaced: Mapping[str, CompressedLayer]) -> nn.Module:
@@ -97,6 +98,6 @@ def _with_values(layer: CompressedLayer, dense: nn.Module) -> CompressedLayer:
     own = last._parameters.get("weight")
     if own is not None:
         own.mul_(scale)
-    if weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
+    if is_channels_last(weight):
         new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return new

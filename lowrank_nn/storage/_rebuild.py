@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_nn.graph import replace_module
 from lowrank_nn.layers import LAYERS, CompressedLayer
+from lowrank_nn.layers._packed import is_channels_last
 from lowrank_nn.storage._folds import fold_again, folds_norms
 from lowrank_nn.storage._resized import resize_again
 from lowrank_nn.storage._structure import LayerEntry, Structure
@@ -122,7 +123,7 @@ def _prepare(layer: CompressedLayer, slot: nn.Module, entry: LayerEntry, fill: b
         return layer
     device = next((t.device for t in _tensors(slot) if not t.is_meta), CPU)
     layer.to_empty(device=device)
-    if weight is not None and _is_channels_last(weight):
+    if weight is not None and is_channels_last(weight):
         layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _fill_unsaved_buffers(layer, entry)
     return layer
@@ -149,12 +150,6 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 def _float_dtype(module: nn.Module) -> torch.dtype | None:
     return next((t.dtype for t in _tensors(module) if t.is_floating_point()), None)
-
-
-def _is_channels_last(weight: Tensor) -> bool:
-    if weight.dim() != 4 or weight.is_contiguous():
-        return False
-    return weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank_nn.errors import OptionError, UnsupportedLayerError
 from lowrank_nn.graph.attributes import mark_resized, resized_attributes
 from lowrank_nn.layers import CompressedLayer, narrow_module
+from lowrank_nn.layers._packed import is_channels_last
 
 Size = int | list[int]
 Attributes = dict[str, Size]
@@ -125,9 +126,7 @@ def _resize_tensors(module: nn.Module, path: str, shapes: Mapping[str, tuple[int
 
 
 def _smaller(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    layout = torch.contiguous_format
-    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        layout = torch.channels_last
+    layout = torch.channels_last if is_channels_last(tensor) else torch.contiguous_format
     return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout)
 
 
