@@ -1,3 +1,5 @@
+"""Patterns on paths: what they match, and what is said where they match nothing."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""Budgets: which shares count, in which order, and what is refused."""
+
 import numpy as np
 import pytest
 

@@ -1,3 +1,5 @@
+"""What a model is called with out of a calibration batch."""
+
 from torch import nn
 
 from lowrank_nn.planning.calibration import model_inputs
