@@ -100,7 +100,7 @@ class FilterRemoval:
         """Remove as many units of each group as decided, those that matter least now, and prove it."""
         removals = [d.removal for d in decisions if isinstance(d, FilterDecision) and d.removal is not None]
         if state.dry:
-            smaller, recording, channels = self._shrunk(state, removals)
+            smaller, recording, channels = self._smaller(state, removals)
             remove_units(state.model, removals)
             resize_free_norms(state.model, channels)
             state.pruned = (smaller, recording)
@@ -141,7 +141,7 @@ class FilterRemoval:
             additive = self.criterion in ADDITIVE
             removals = within_budget(state, groups, left, self.keep, widths, additive=additive)
             try:
-                self._shrunk(state, removals)
+                self._smaller(state, removals)
             except PlanError:
                 # The share that was proven runs, this one does not (channels that have to come in fours).
                 found = self._prove(state, model, removals, widths).refused
@@ -151,8 +151,8 @@ class FilterRemoval:
             else:
                 return removals, refused
 
-    def _shrunk(self, state: State, removals: Sequence[Removal]) -> tuple[nn.Module, Recording, dict[str, int]]:
-        """Return the model of a dry run without some units, as :func:`_shrunk`."""
+    def _smaller(self, state: State, removals: Sequence[Removal]) -> tuple[nn.Module, Recording, dict[str, int]]:
+        """Return what :func:`_shrunk` makes of the model of a dry run, computed once."""
         return _cached(state, ("shrunk", *removals), lambda: _shrunk(self._numbers_of(state), removals, state))
 
     def _remove(self, state: State, removals: Sequence[Removal]) -> None:
