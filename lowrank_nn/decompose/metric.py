@@ -76,18 +76,6 @@ class Metric:
         unfolded = self.unfold(weight)
         return self.times_covariance(unfolded) @ unfolded.mT
 
-    def channel_covariance(self, channels: int) -> Tensor:
-        """Return the covariance of the input channels, averaged over the kernel's positions: (groups, i, i).
-
-        Args:
-            channels: Input channels per group, i.
-        """
-        taps = self.mean.shape[1] // channels
-        if self.is_diagonal:
-            return torch.diag_embed(self.covariance.reshape(-1, channels, taps).mean(2))
-        blocks = self.covariance.reshape(-1, channels, taps, channels, taps)
-        return blocks.diagonal(dim1=2, dim2=4).mean(-1)
-
     def without_mean(self) -> Metric:
         """Return the metric of a layer whose mean output something behind it corrects."""
         return dataclasses.replace(self, mean=torch.zeros_like(self.mean))

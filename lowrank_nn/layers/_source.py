@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import UnsupportedLayerError
 from lowrank_nn.layers._base import CompressedLayer
+from lowrank_nn.layers._packed import is_channels_last
 
 AnyCompressed = TypeVar("AnyCompressed", bound=CompressedLayer)
 
@@ -69,8 +70,7 @@ class Source:
                 with torch.no_grad():
                     new.bias.add_(metric.mean_output(self.weight - new.dense_weight()).to(new.bias.device))
             new.bias.requires_grad_(bias_trains)
-        weight = self.weight
-        if weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
+        if is_channels_last(self.weight):
             new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return new.train(self.layer.training)
 
