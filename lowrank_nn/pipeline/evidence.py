@@ -113,7 +113,7 @@ def carry_out(
     changed = changed_since_given(state)
     before = copy.deepcopy(state.model) if changed else state.dense
     evidence = None if changed else state.cache.get(_key(state.dense, curvature))
-    if evidence is None:
+    if evidence is None or not evidence.metrics.keys() >= set(paths):  # layers compressed before are not gathered
         evidence = _gather(state, state.model, paths, curvature=curvature)
     for decision in state.watch(replaced, f"{step}: fits"):
         metric = evidence.metric(decision.path)

@@ -131,3 +131,16 @@ def test_what_cannot_be_shared_out_is_refused(net):
         lnn.Quantize([])
     with pytest.raises(lnn.OptionError, match="weights must be 'int2' to 'int8'"):
         lnn.Quantize(["int4", "int9"])
+
+
+def test_factors_of_a_given_model_are_rounded_on_data_also_where_low_rank_has_looked_at_it(net):
+    given = lnn.compress_model(net, TEST[:1], lnn.Apply(lnn.TuckerConv2d, where="conv1", rank=(12, 10))).model
+
+    def quantized(*steps):
+        recipe = [*steps, lnn.Quantize("int3")]
+        budget = lnn.Budget(params=1.0)
+        return lnn.compress_model(given, TEST[:1], recipe, budget=budget, calibration=BATCHES, progress=False).model
+
+    looked, alone = quantized(lnn.LowRank(curvature=False)), quantized()
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(looked.state_dict()[name], tensor)
