@@ -21,6 +21,7 @@ from lowrank_nn.errors import TrainingError as TrainingError
 from lowrank_nn.errors import UnsupportedLayerError as UnsupportedLayerError
 from lowrank_nn.graph import ChannelGroup as ChannelGroup
 from lowrank_nn.graph import chain_quantized as chain_quantized
+from lowrank_nn.graph import equalize as equalize
 from lowrank_nn.graph import find_groups as find_groups
 from lowrank_nn.graph import fold_batchnorm as fold_batchnorm
 from lowrank_nn.graph import register_attributes as register_attributes
@@ -59,6 +60,7 @@ from lowrank_nn.layers import register_narrow_form as register_narrow_form
 from lowrank_nn.pipeline import Apply as Apply
 from lowrank_nn.pipeline import ChannelLasso as ChannelLasso
 from lowrank_nn.pipeline import Codebook as Codebook
+from lowrank_nn.pipeline import Equalize as Equalize
 from lowrank_nn.pipeline import FineTune as FineTune
 from lowrank_nn.pipeline import FoldBatchNorm as FoldBatchNorm
 from lowrank_nn.pipeline import GroupLasso as GroupLasso

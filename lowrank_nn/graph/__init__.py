@@ -4,6 +4,7 @@ from lowrank_nn.graph.attributes import register_attributes as register_attribut
 from lowrank_nn.graph.chains import chain_quantized as chain_quantized
 from lowrank_nn.graph.costs import model_cost as model_cost
 from lowrank_nn.graph.costs import site_cost as site_cost
+from lowrank_nn.graph.equalization import equalize as equalize
 from lowrank_nn.graph.fold import fold_batchnorm as fold_batchnorm
 from lowrank_nn.graph.groups import ChannelGroup as ChannelGroup
 from lowrank_nn.graph.groups import find_groups as find_groups

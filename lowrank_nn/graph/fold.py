@@ -94,12 +94,12 @@ def find_folds(model: nn.Module, links: Mapping[str, Link]) -> tuple[list[Fold],
     """
     norms = {path: norm for path, norm in model.named_modules() if isinstance(norm, _BatchNorm)}
     left = {path: _unfit(norm) for path, norm in norms.items()}
-    folds, uses = [], _uses(model)
+    folds, uses = [], uses_of(model)
     for path, link in links.items():
         if link.norm is None or link.norm not in norms:
             continue
         refusal = _refusal(model.get_submodule(path), uses)
-        reason = f"{path} cannot take it up: {refusal}" if refusal else _held(norms[link.norm], uses)
+        reason = f"{path} cannot take it up: {refusal}" if refusal else held(norms[link.norm], uses)
         if reason:
             left[link.norm] = reason
         else:
@@ -199,7 +199,7 @@ def last_leaf(layer: nn.Module) -> nn.Module:
     return last
 
 
-def _uses(model: nn.Module) -> Counter[int]:
+def uses_of(model: nn.Module) -> Counter[int]:
     """Return by id how often modules and tensors stand in the model."""
     uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for module in model.modules():
@@ -212,13 +212,18 @@ def _refusal(layer: nn.Module, uses: Counter[int]) -> str:
     leaf = last_leaf(layer)
     if not isinstance(leaf, DENSE):
         return f"it is a {type(leaf).__name__}; fold before pruning and quantizing"
+    return computed_weight(leaf) or held(layer, uses)
+
+
+def computed_weight(leaf: nn.Module) -> str:
+    """Return why a dense layer computes with something else than its weight as it stands; empty where it does not."""
     if parametrize.is_parametrized(leaf) or "weight" not in leaf._parameters:
         return "its weight is computed before each call (parametrization, weight_norm, spectral_norm)"
     for method in ("forward", "_conv_forward"):
         plain = {getattr(cls, method, None) for cls in DENSE if isinstance(leaf, cls)}
         if method in vars(leaf) or getattr(type(leaf), method, None) not in plain:
             return f"{type(leaf).__name__} overrides {method}"
-    return _held(layer, uses)
+    return ""
 
 
 def _unfit(norm: _BatchNorm) -> str:
@@ -230,7 +235,13 @@ def _unfit(norm: _BatchNorm) -> str:
     return "it is not called once, on the output of one layer, which nothing else sees"
 
 
-def _held(module: nn.Module, uses: Counter[int]) -> str:
+def held(module: nn.Module, uses: Counter[int]) -> str:
+    """Return why a module must keep its values: others have a hold of it; empty where none has.
+
+    Args:
+        module: The module.
+        uses: What :func:`uses_of` returned for the model that it is in.
+    """
     if any(uses[id(part)] > 1 for part in (*module.modules(), *module.parameters(), *module.buffers())):
         return "it, or a tensor of it, is shared with another place in the model"
     if any(getattr(part, table) for part in module.modules() for table in HOOK_TABLES):

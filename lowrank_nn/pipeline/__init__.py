@@ -6,6 +6,7 @@ from lowrank_nn.pipeline.compress import compare as compare
 from lowrank_nn.pipeline.compress import compress_model as compress_model
 from lowrank_nn.pipeline.compress import plan as plan
 from lowrank_nn.pipeline.compress import sweep as sweep
+from lowrank_nn.pipeline.equalize import Equalize as Equalize
 from lowrank_nn.pipeline.finetune import FineTune as FineTune
 from lowrank_nn.pipeline.fold import FoldBatchNorm as FoldBatchNorm
 from lowrank_nn.pipeline.lowrank import LowRank as LowRank

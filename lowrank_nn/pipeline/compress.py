@@ -198,6 +198,7 @@ def _compress(start: State, steps: list[Step]) -> Result:
             remarks=state.remarks,
             choices=planned.choices(),
             folded=folded_norms(model, state.model, start.example_inputs),
+            rescaled=state.rescaled,
         )
         if planned.latency is not None:
             report = dataclasses.replace(report, latency=_latency(model, state.model, start.example_inputs))

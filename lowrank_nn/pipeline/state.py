@@ -15,6 +15,7 @@ from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Recording, Site, model_cost, replace_module
 from lowrank_nn.graph.attributes import resized_attributes
 from lowrank_nn.graph.derive import derive_recording
+from lowrank_nn.graph.rescaling import Rescaling
 from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.planning import Budget, Candidate, Clock
 
@@ -61,6 +62,7 @@ class State:
         cache: What steps computed from the given weights and want to find again in the next dry run.
         remarks: What the report is to say about layers: remark to paths.
         pruned: Where steps have removed channels: the model without them, with numbers, and what it was recorded to do.
+        rescaled: What weights were multiplied by, so that the report measures errors from there.
     """
 
     model: nn.Module
@@ -77,6 +79,7 @@ class State:
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
     remarks: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     pruned: tuple[nn.Module, Recording] | None = None
+    rescaled: Rescaling = dataclasses.field(default_factory=dict)
 
     @property
     def base(self) -> tuple[nn.Module, Recording]:

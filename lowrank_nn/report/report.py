@@ -15,6 +15,7 @@ from lowrank_nn.cost import Cost
 from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Recording, Site, model_cost, site_cost
 from lowrank_nn.graph.fold import norm_scale, scaled_weight
+from lowrank_nn.graph.rescaling import Rescaling, rescaled_weight
 from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.planning import LayerChoices
 from lowrank_nn.report import plots, render
@@ -191,6 +192,7 @@ def make_report(
     remarks: dict[str, tuple[str, ...]] | None = None,
     choices: tuple[LayerChoices, ...] = (),
     folded: Mapping[str, str] | None = None,
+    rescaled: Rescaling | None = None,
 ) -> Report:
     """Compare a model before and after compression.
 
@@ -204,6 +206,8 @@ def make_report(
         choices: What low-rank steps chose for each layer, and out of what.
         folded: By path of a layer, the norm of the dense model that it has taken up; its weight is compared with the
             dense weight that has taken up the same.
+        rescaled: What weights were multiplied by without changing what the model computes; likewise. Of low-rank layers
+            whose factors were, there is no error.
     """
     rows = []
     counted: tuple[set[Tensor], set[Tensor]] = (set(), set())
@@ -213,7 +217,7 @@ def make_report(
             became, options = describe(after.layer)
             options = " ".join(filter(None, (options, describe_size(site.layer, after.layer))))
             scale = _scale(dense[0], (folded or {}).get(site.path))
-            error = _weight_error(site, after, scale) if errors is None else errors.get(site.path)
+            error = _weight_error(site, after, scale, rescaled or {}) if errors is None else errors.get(site.path)
             costs = (_cost_once(place, seen) for place, seen in zip((site, after), counted, strict=True))
             rows.append(Row(site.path, describe(site.layer)[0], became, options, error, *costs))
     before, after_all = model_cost(*dense), model_cost(*small)
@@ -252,8 +256,8 @@ def _scale(dense: nn.Module, norm: str | None) -> Tensor | None:
     return None if norm is None else norm_scale(dense.get_submodule(norm))
 
 
-def _weight_error(before: Site, after: Site, scale: Tensor | None) -> float | None:
-    if not isinstance(after.layer, CompressedLayer):
+def _weight_error(before: Site, after: Site, scale: Tensor | None, rescaled: Rescaling) -> float | None:
+    if not isinstance(after.layer, CompressedLayer) or any(path.startswith(f"{after.path}.") for path in rescaled):
         return None
     old, new = before.layer.weight, after.layer.weight
     assert isinstance(old, Tensor)
@@ -262,6 +266,8 @@ def _weight_error(before: Site, after: Site, scale: Tensor | None) -> float | No
         return None
     if scale is not None:
         old = scaled_weight(before.layer, scale)
+    if before.path in rescaled:
+        old = rescaled_weight(before.layer, old, rescaled[before.path])
     change = norm = 0.0
     for was, now in zip(_row_blocks(old), _row_blocks(new), strict=True):
         change += float((was - now).square().sum())
