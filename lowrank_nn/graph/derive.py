@@ -27,12 +27,26 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
+    with torch.no_grad():
+        return deep_copy(model, type(model).__name__, memo).to("meta")
+
+
+def deep_copy(model: nn.Module, name: str, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return ``copy.deepcopy(model, memo)``.
+
+    Args:
+        model: The model.
+        name: What the message begins with.
+        memo: What stands for objects of these ids in the copy.
+
+    Raises:
+        PlanError: The model cannot be copied.
+    """
     try:
-        with torch.no_grad():
-            return copy.deepcopy(model, memo).to("meta")
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise PlanError(
-            f"{type(model).__name__}: a copy is worked on, and copy.deepcopy(model) fails: {error}. Make the model "
+            f"{name}: a copy is worked on, and copy.deepcopy(model) fails: {error}. Make the model "
             "copyable (no tensors with a graph, open files or locks among its attributes)."
         ) from error
 

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_nn.errors import PlanError
 from lowrank_nn.graph.agree import outputs_agree, outputs_of
+from lowrank_nn.graph.derive import deep_copy
 from lowrank_nn.graph.fold import DENSE, computed_weight, held, uses_of
 from lowrank_nn.graph.groups import ChannelGroup, find_groups
 from lowrank_nn.graph.rescaling import Rescaling, merged, rescale_, rescaled
@@ -82,10 +83,7 @@ def equalize(model: nn.Module, example_inputs: Any) -> nn.Module:
     References:
         Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.1.
     """
-    try:
-        equal = copy.deepcopy(model)
-    except Exception as error:
-        raise PlanError(f"equalize: a copy is worked on, and copy.deepcopy(model) fails: {error}.") from error
+    equal = deep_copy(model, "equalize")
     _, left = equalize_(equal, example_inputs)
     for path, reason in left.items():
         logger.info("equalize: the channels of %s stay: %s.", path, reason)

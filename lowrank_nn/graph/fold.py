@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from lowrank_nn.errors import PlanError
 from lowrank_nn.graph.agree import outputs_agree, outputs_of
+from lowrank_nn.graph.derive import deep_copy
 from lowrank_nn.graph.links import NORM_FORWARDS, Link, find_links
 from lowrank_nn.graph.swap import HOOK_TABLES, replace_module
 from lowrank_nn.layers import CompressedLayer
@@ -75,10 +75,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> nn.Module:
         Inference", section 3.2.
     """
     folds, left = find_folds(model, find_links(model, example_inputs))
-    try:
-        folded = copy.deepcopy(model)
-    except Exception as error:
-        raise PlanError(f"fold_batchnorm: a copy is worked on, and copy.deepcopy(model) fails: {error}.") from error
+    folded = deep_copy(model, "fold_batchnorm")
     left |= fold_proven(folded, folds, example_inputs)
     for path, reason in left.items():
         logger.info("fold_batchnorm: %s stays: %s.", path, reason)
