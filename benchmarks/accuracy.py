@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar_data import Augmented, accuracy, read_images
+from cifar_data import accuracy, read_images
+from cifar_training import add_training_options, distil
 from models import cifar_resnet_from
 from safetensors.torch import load_file
 from torch import nn
@@ -82,37 +83,6 @@ def without_training(study: Study, times: list[float], names: list[str]) -> None
         print(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |", flush=True)
 
 
-def with_training(study: Study, budget: lnn.Budget, arguments: argparse.Namespace) -> None:
-    """Print accuracy epoch by epoch of distillation."""
-    start = time.perf_counter()
-    (small,) = study.compress([budget])
-    rate = small.report.compression_rate
-    print(
-        f"{budget}: {rate['params']:.2f}x params, {rate['macs']:.2f}x MACs in {time.perf_counter() - start:.0f} s; "
-        f"without training {study.accuracy(small.model):.2f} %",
-        flush=True,
-    )
-
-    def report(model: nn.Module) -> float:
-        value = study.accuracy(model)
-        print(f"{value:.2f} % after {time.perf_counter() - start:.0f} s", flush=True)
-        return value
-
-    count = arguments.epoch_images
-    images = study.train[0][:count].contiguous(memory_format=torch.channels_last)
-    tune = lnn.FineTune(
-        Augmented(images, study.train[1][:count], 128),
-        arguments.epochs,
-        lr=arguments.lr,
-        teacher=study.dense.to(memory_format=torch.channels_last),
-        autocast=torch.bfloat16 if arguments.bf16 else None,
-        evaluate=report,
-    )
-    start = time.perf_counter()
-    model = small.model.to(memory_format=torch.channels_last)
-    lnn.compress_model(model, study.images[:1], [tune], seed=study.seed)
-
-
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,11 +91,8 @@ def main() -> None:
     parser.add_argument("--times", type=float, nargs="+", default=[1.5, 2, 3, 5, 9], help="how many times fewer params")
     parser.add_argument("--methods", nargs="+", default=list(methods()), choices=list(methods()), help="rows wanted")
     parser.add_argument("--images", type=int, default=2000, help="unlabelled training images")
-    parser.add_argument("--epochs", type=int, default=0, help="epochs of distillation, instead of the table")
     parser.add_argument("--macs", type=float, help="with --epochs: also this many times fewer MACs")
-    parser.add_argument("--epoch-images", type=int, default=50_000, help="training images per epoch")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
+    add_training_options(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true", help="show the library's log")
     arguments = parser.parse_args()
@@ -142,8 +109,9 @@ def main() -> None:
         return
     macs = None if arguments.macs is None else 1 / arguments.macs
     for t in arguments.times:
-        budget = lnn.Budget(params=1 / t, macs=macs)
-        with_training(study, budget, arguments)
+        print(f"\n{t:g}x fewer params:", flush=True)
+        (small,) = study.compress([lnn.Budget(params=1 / t, macs=macs)])
+        distil(small, study.dense, study.train, (study.images, study.labels), arguments)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
-"""What removing filters costs in accuracy, without any training: a pretrained CIFAR ResNet under MAC budgets.
+"""What removing filters costs in accuracy: a pretrained CIFAR ResNet under MAC budgets.
 
 python benchmarks/pruning.py --data DIR --weights DIR/weights/cifar10_resnet56.safetensors
 python benchmarks/pruning.py --data DIR --weights DIR/weights/cifar10_resnet20.safetensors --images 500
 
 DIR holds ``cifar-10-batches-py`` as torchvision downloads it. Rows on data see ``--images`` training images without
 augmentation; only the Taylor criterion sees their labels. Accuracy is that on test images. With ``--speed`` also how
-many times as fast as the dense network each runs at these batch sizes, in turn with it (medians of 25).
+many times as fast as the dense network each runs at these batch sizes, in turn with it (medians of 25). With
+``--epochs`` each network is then distilled from the dense one, and its accuracy printed epoch by epoch.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 from cifar_data import accuracy, read_images
+from cifar_training import add_training_options, distil
 from models import cifar_resnet_from
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ import lowrank_nn as lnn
 from lowrank_nn.cost import compare_speed
 
 Recipe = list[lnn.Step]
+Recipes = dict[str, Callable[[], Recipe]]
 
 
 def task_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -40,7 +43,8 @@ class Study:
     def __init__(self, arguments: argparse.Namespace) -> None:
         folder = arguments.data / "cifar-10-batches-py"
         self.images, self.labels = (part[: arguments.test_images] for part in read_images(folder, "test_batch"))
-        images, labels = (part[: arguments.images] for part in read_images(folder, "data_batch_*"))
+        self.train = read_images(folder, "data_batch_*")
+        images, labels = (part[: arguments.images] for part in self.train)
         self.labelled = list(zip(images.split(100), labels.split(100), strict=True))
         self.calibration = images.split(100)
         self.dense = cifar_resnet_from(load_file(arguments.weights))
@@ -73,7 +77,7 @@ class Study:
         )
 
 
-def methods(study: Study) -> dict[str, Callable[[], Recipe]]:
+def methods(study: Study) -> Recipes:
     """Return the recipe of each row."""
     low_rank = lnn.LowRank(where="layer*")
     return {
@@ -92,6 +96,38 @@ def methods(study: Study) -> dict[str, Callable[[], Recipe]]:
     }
 
 
+def sweep(study: Study, recipe: Recipe, times: list[float]) -> Iterator[lnn.Result]:
+    """Compress to each budget in turn."""
+    budgets = [lnn.Budget(macs=1 / t) for t in times]
+    return lnn.sweep(study.dense, study.images[:2], budgets, recipe, calibration=study.calibration, seed=study.seed)
+
+
+def without_training(study: Study, recipes: Recipes, arguments: argparse.Namespace) -> None:
+    """Print accuracy by method and budget, and the seconds that all budgets of a method took together."""
+    print(
+        "Accuracy in percent (params left"
+        + "".join(f", times as fast at batch {size}" for size in arguments.speed)
+        + ").\n"
+    )
+    head = ["method", *(f"{t:g}x fewer MACs" for t in arguments.times), "seconds"]
+    print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head), flush=True)
+    for name, recipe in recipes.items():
+        cells, seconds, start = [], 0.0, time.perf_counter()
+        for result in sweep(study, recipe(), arguments.times):
+            seconds += time.perf_counter() - start
+            cells.append(study.describe(result, arguments.speed))
+            start = time.perf_counter()
+        print(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |", flush=True)
+
+
+def with_training(study: Study, recipes: Recipes, arguments: argparse.Namespace) -> None:
+    """Print accuracy by method and budget, epoch by epoch of distillation."""
+    for name, recipe in recipes.items():
+        for result in sweep(study, recipe(), arguments.times):
+            print(f"\n{name}:", flush=True)
+            distil(result, study.dense, study.train, (study.images, study.labels), arguments)
+
+
 def main() -> None:
     """Read the command line and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,30 +139,24 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--speed", type=int, nargs="+", default=[], metavar="BATCH", help="batch sizes to time")
     parser.add_argument("--seed", type=int, default=0)
+    add_training_options(parser)
     arguments = parser.parse_args()
     study = Study(arguments)
+    recipes = {
+        name: recipe
+        for name, recipe in methods(study).items()
+        if not arguments.methods or name.startswith(tuple(arguments.methods))
+    }
     print(
         f"{arguments.weights.stem}, dense {study.accuracy(study.dense):.2f} %, {len(study.labels)} test images, "
         f"{arguments.images} training images, seed {arguments.seed}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads. Accuracy in percent (params left"
-        + "".join(f", times as fast at batch {size}" for size in arguments.speed)
-        + ").\n",
+        f"{torch.get_num_threads()} threads.\n",
         flush=True,
     )
-    head = ["method", *(f"{t:g}x fewer MACs" for t in arguments.times), "seconds"]
-    print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head), flush=True)
-    for name, recipe in methods(study).items():
-        if arguments.methods and not name.startswith(tuple(arguments.methods)):
-            continue
-        cells, seconds, start = [], 0.0, time.perf_counter()
-        budgets = [lnn.Budget(macs=1 / t) for t in arguments.times]
-        for result in lnn.sweep(
-            study.dense, study.images[:2], budgets, recipe(), calibration=study.calibration, seed=study.seed
-        ):
-            seconds += time.perf_counter() - start
-            cells.append(study.describe(result, arguments.speed))
-            start = time.perf_counter()
-        print(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |", flush=True)
+    if arguments.epochs:
+        with_training(study, recipes, arguments)
+    else:
+        without_training(study, recipes, arguments)
 
 
 if __name__ == "__main__":

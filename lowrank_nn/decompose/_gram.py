@@ -41,6 +41,15 @@ def gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def whole_gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``matrix @ matrix.T``, computed as :func:`gram` does, with both triangles filled."""
+    result = gram(matrix, dtype)
+    for start in range(_ROW_BLOCK, len(result), _ROW_BLOCK):
+        block = slice(start, start + _ROW_BLOCK)
+        result[:start, block] = result[block, :start].T
+    return result
+
+
 def leading_eigenvectors(gram_matrix: Tensor, rank: int) -> Tensor:
     """Return the ``rank`` eigenvectors of largest eigenvalue, in descending order.
 
@@ -58,7 +67,7 @@ def leading_eigenvectors(gram_matrix: Tensor, rank: int) -> Tensor:
 def column_signs(columns: Tensor) -> Tensor:
     """Return the signs, shape (..., r), that make the entry of largest magnitude in each column positive."""
     least, largest = columns.aminmax(dim=-2)
-    return torch.where(largest < -least, -1.0, 1.0).to(columns.dtype)
+    return torch.copysign(torch.ones_like(largest), largest + least)
 
 
 def leading_left_vectors(matrix: Tensor, rank: int, *, exact: bool = False) -> tuple[Tensor, float]:
@@ -81,3 +90,23 @@ def leading_left_vectors(matrix: Tensor, rank: int, *, exact: bool = False) -> t
     rows, columns = matrix.shape
     vectors, values, _ = torch.linalg.svd(matrix, full_matrices=rank > min(rows, columns))
     return vectors[:, :rank], float(values[:rank].double().square().sum())
+
+
+def improved_left_vectors(matrix: Tensor, basis: Tensor, steps: int = 2) -> tuple[Tensor, float]:
+    """Return a basis closer than the given one to the leading left singular vectors, and the energy it keeps.
+
+    Orthogonal iteration: every step shrinks what a column holds of the direction s by (s / r)^2, r being the singular
+    value of the last direction kept, and loses no energy.
+
+    Args:
+        matrix: Shape (m, n).
+        basis: Orthonormal columns, shape (m, rank), near the leading directions.
+        steps: Products with the Gram matrix, each orthonormalised: powers of it would drown the weak directions.
+
+    Returns:
+        Orthonormal columns, shape (m, rank), of whatever sign; and the sum of squares of ``basis.T @ matrix``.
+    """
+    symmetric = whole_gram(matrix, matrix.dtype)
+    for _ in range(steps):
+        basis = torch.linalg.qr(symmetric @ basis).Q
+    return basis, float((basis * (symmetric @ basis)).sum(dtype=torch.float64))

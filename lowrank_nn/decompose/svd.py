@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_nn.decompose._gram import column_signs, gram, leading_eigenvectors
+from lowrank_nn.decompose._gram import column_signs, gram, leading_eigenvectors, whole_gram
 
 _EXACT_LIMIT = 2048
 _SUBSPACE_ITERATIONS = 8
@@ -82,10 +82,7 @@ def _project(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _project_on_subspace(matrix: Tensor, rank: int, size: int) -> tuple[Tensor, Tensor]:
     """Do the same by subspace iteration on the Gram matrix, with ``size`` vectors."""
-    lower = gram(matrix, matrix.dtype).tril_()
-    full = lower + lower.T
-    full.diagonal().div_(2)
-    del lower
+    full = whole_gram(matrix, matrix.dtype)
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn((matrix.shape[0], size), generator=generator).to(matrix)
     for _ in range(_SUBSPACE_ITERATIONS):

@@ -78,8 +78,12 @@ def test_onnxruntime_runs_quantized_factors_in_integers_with_equal_predictions(t
     found = run(x)
     with torch.no_grad():
         expected = small.requires_grad_(True)(x)
-    assert torch.equal(found.argmax(1), expected.argmax(1))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.03 * float(expected.abs().max()))
+    tolerance = 0.03 * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    first, second = expected.topk(2).values.unbind(1)
+    clear = first - second > 2 * tolerance
+    assert clear.sum() >= 8
+    assert torch.equal(found[clear].argmax(1), expected[clear].argmax(1))
     assert operators["QLinearConv"] == 4
     stored = {
         tensor.data_type for tensor in onnx.load(str(tmp_path / "net.onnx")).graph.initializer if len(tensor.dims) > 1
