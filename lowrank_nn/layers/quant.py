@@ -11,7 +11,8 @@ from torch import Tensor
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._onednn import Geometry
 from lowrank_nn.layers._quant_input import check_range
-from lowrank_nn.layers._quantized import QuantLayer, Scheme
+from lowrank_nn.layers._quant_weight import Scheme
+from lowrank_nn.layers._quantized import QuantLayer
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size
 from lowrank_nn.layers._window import check_window, embed_window, pad_and_crop, window_padding
 from lowrank_nn.layers.pruned import PrunedConv2d, PrunedLinear

@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_nn.errors import CalibrationError, OptionError
+from lowrank_nn.layers._histogram import BINS, Histogram
 from lowrank_nn.layers._observers import (
-    BINS,
     EntropyObserver,
-    Histogram,
     MinMaxObserver,
     MSEObserver,
     PercentileObserver,
