@@ -10,13 +10,13 @@ from lowrank_nn.layers._leaf import LeafLayer as LeafLayer
 from lowrank_nn.layers._lowrank import LowRankLayer as LowRankLayer
 from lowrank_nn.layers._pruned import PrunedLayer as PrunedLayer
 from lowrank_nn.layers._quantized import QuantLayer as QuantLayer
+from lowrank_nn.layers._rank_problem import Positions as Positions
+from lowrank_nn.layers._rank_problem import RankProblem as RankProblem
+from lowrank_nn.layers._rank_problem import RankTable as RankTable
 from lowrank_nn.layers._ranks import VBMF as VBMF
 from lowrank_nn.layers._ranks import Energy as Energy
 from lowrank_nn.layers._ranks import Params as Params
-from lowrank_nn.layers._ranks import Positions as Positions
-from lowrank_nn.layers._ranks import RankProblem as RankProblem
 from lowrank_nn.layers._ranks import RankRule as RankRule
-from lowrank_nn.layers._ranks import RankTable as RankTable
 from lowrank_nn.layers._ranks import SpeedUp as SpeedUp
 from lowrank_nn.layers._shapes import CompressedConv2d as CompressedConv2d
 from lowrank_nn.layers._shapes import CompressedLinear as CompressedLinear

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_nn.decompose import Metric, cp_als, cp_full_rank, cp_tensor, weighted_cp_errors, weighted_svd_errors
 from lowrank_nn.errors import OptionError, RankError
 from lowrank_nn.layers._matrix import truncation_errors
-from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankTable
+from lowrank_nn.layers._rank_problem import IntArray, Positions, RankProblem, RankTable
 from lowrank_nn.layers._source import Source
 
 Factors = Literal[3, 4]
@@ -26,9 +26,7 @@ class CPProblem(RankProblem):
     """The number of terms per group."""
 
     def __init__(self, source: Source, factors: Factors) -> None:
-        self.name = "CPConv2d"
-        self.groups: int = source.arguments["groups"]
-        self.stride: tuple[int, int] = source.arguments["stride"]
+        super().__init__("CPConv2d", source)
         self.tensors = kernel_tensors(source.weight, self.groups, factors)
         self.limits = (cp_full_rank(self.tensors.shape[1:]),)
 
@@ -43,19 +41,10 @@ class CPProblem(RankProblem):
 
     def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
         out, inn, *spatial = self.tensors.shape[1:]
-        # The vertical convolution sees the rows of the output, but still all columns of the input.
-        between = positions.batch * positions.height_out * positions.width_in
-        spatial_places = (positions.outputs,) if len(spatial) == 1 else (between, positions.outputs)
+        spatial_places = (positions.outputs,) if len(spatial) == 1 else (positions.between, positions.outputs)
         per_term = inn * positions.inputs + out * positions.outputs
         per_term += sum(taps * places for taps, places in zip(spatial, spatial_places, strict=True))
         return np.asarray(ranks[0]) * self.groups * per_term
-
-    def dense(self, positions: Positions) -> tuple[int, int]:
-        params = self.tensors.numel()
-        return params, params * positions.outputs
-
-    def typical_positions(self) -> Positions:
-        return Positions(1, *self.stride, 1, 1)
 
     def table(self, metric: Metric | None = None) -> RankTable:
         """Return the ranks between 4 % and 80 % of the dense parameters, up to 800, with the errors of short fits.
@@ -64,8 +53,8 @@ class CPProblem(RankProblem):
         error of a full fit is lower; there are no ranks where a single term costs more than the dense layer. For a
         1 x 1 kernel these are all ranks below the dense parameters, with exact errors.
         """
-        break_even = self.tensors.numel() / int(self.params(1))
-        if self.tensors[0, 0, 0].numel() == 1:
+        break_even = self.weight.numel() / int(self.params(1))
+        if self.taps == 1:
             return self._matrix_table(break_even, metric)
         wanted = np.clip(_TABLE_SHARES * break_even, 1, self.limits[0])
         ranks = np.unique(wanted.astype(np.int64) // self.multiple * self.multiple)

@@ -12,7 +12,8 @@ from typing_extensions import Self
 from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import UnsupportedLayerError
 from lowrank_nn.layers._base import CompressedLayer
-from lowrank_nn.layers._ranks import RankProblem, RankRule
+from lowrank_nn.layers._rank_problem import RankProblem
+from lowrank_nn.layers._ranks import RankRule
 from lowrank_nn.layers._refine import refine_
 from lowrank_nn.layers._source import Source, read_layer
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowrank_nn.decompose import Metric, singular_values, weighted_svd_errors, weighted_tucker1_errors
-from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankTable
+from lowrank_nn.layers._rank_problem import IntArray, Positions, RankProblem, RankTable
 from lowrank_nn.layers._source import Source
 
 Order = Literal["spatial_first", "pointwise_first"]
@@ -20,10 +20,10 @@ Order = Literal["spatial_first", "pointwise_first"]
 class MatrixProblem(RankProblem):
     """The rank of one matrix per group; subclasses give the cost, and the errors under a metric."""
 
-    def __init__(self, name: str, matrices: Tensor) -> None:
-        self.name = name
+    def __init__(self, name: str, source: Source, matrices: Tensor) -> None:
+        super().__init__(name, source)
         self.matrices = matrices
-        self.groups, self.rows, self.columns = matrices.shape
+        self.rows, self.columns = matrices.shape[1:]
         self.limits = (min(self.rows, self.columns),)
 
     def unfoldings(self) -> tuple[Tensor, ...]:
@@ -57,29 +57,22 @@ def truncation_errors(matrices: Tensor) -> NDArray[np.float64]:
 class LinearProblem(MatrixProblem):
     """The rank of the weight of a linear layer."""
 
+    def __init__(self, name: str, source: Source) -> None:
+        super().__init__(name, source, source.weight[None])
+
     def _errors_under(self, metric: Metric) -> Tensor:
         return weighted_svd_errors(self.matrices[0], metric)
 
     def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
         return self.params(*ranks) * positions.batch
 
-    def dense(self, positions: Positions) -> tuple[int, int]:
-        return self.rows * self.columns, self.rows * self.columns * positions.batch
-
-    def typical_positions(self) -> Positions:
-        return Positions()
-
 
 class ConvProblem(MatrixProblem):
     """The rank of the kernel of a convolution, unfolded for the order of the two convolutions."""
 
     def __init__(self, source: Source, order: Order) -> None:
-        arguments = source.arguments
-        super().__init__("SVDConv2d", unfold_kernel(source.weight, arguments["groups"], order))
-        self.weight = source.weight
+        super().__init__("SVDConv2d", source, unfold_kernel(source.weight, source.arguments["groups"], order))
         self.order = order
-        self.taps = source.weight[0, 0].numel()
-        self.stride: tuple[int, int] = arguments["stride"]
 
     def table(self, metric: Metric | None = None) -> RankTable:
         """Return all ranks with their errors: exact, but pointwise first under a metric a few percent too large.
@@ -87,7 +80,7 @@ class ConvProblem(MatrixProblem):
         Pointwise first there are none for a 1 x 1 kernel, on which the other order is the same at no more MACs.
         """
         if self.order == "pointwise_first" and self.taps == 1:
-            return RankTable(np.empty((0, 1), dtype=np.int64), np.empty(0))
+            return RankTable.empty()
         return super().table(metric)
 
     def _errors_under(self, metric: Metric) -> Tensor:
@@ -104,13 +97,6 @@ class ConvProblem(MatrixProblem):
         if self.order == "spatial_first":
             return self.columns * first + self.rows * second
         return self.rows * first + self.columns * second
-
-    def dense(self, positions: Positions) -> tuple[int, int]:
-        params = self.groups * self.rows * self.columns
-        return params, params * positions.outputs
-
-    def typical_positions(self) -> Positions:
-        return Positions(1, *self.stride, 1, 1)
 
 
 def unfold_kernel(weight: Tensor, groups: int, order: Order) -> Tensor:

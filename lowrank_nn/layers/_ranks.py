@@ -1,115 +1,18 @@
-"""Rank rules: how a user asks for a rank without naming a number, and what a format tells the rule."""
+"""Rank rules: how a user asks for a rank without naming a number."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lowrank_nn.decompose import Metric, evbmf_rank, singular_values
+from lowrank_nn.decompose import evbmf_rank, singular_values
 from lowrank_nn.errors import OptionError, RankError
-
-IntArray = NDArray[np.int64]
-
-
-class Positions(NamedTuple):
-    """How often a convolution's kernel is applied, in one forward.
-
-    Attributes:
-        batch: Number of images (or of leading positions of a linear layer).
-        height_in: Rows of the input map.
-        width_in: Columns of the input map.
-        height_out: Rows of the output map.
-        width_out: Columns of the output map.
-    """
-
-    batch: int = 1
-    height_in: int = 1
-    width_in: int = 1
-    height_out: int = 1
-    width_out: int = 1
-
-    @property
-    def inputs(self) -> int:
-        """Number of input positions, batch * height_in * width_in."""
-        return self.batch * self.height_in * self.width_in
-
-    @property
-    def outputs(self) -> int:
-        """Number of output positions, batch * height_out * width_out."""
-        return self.batch * self.height_out * self.width_out
-
-    @classmethod
-    def of(cls, input_shape: Sequence[int], output_shape: Sequence[int]) -> Positions:
-        """Read the positions of an ``nn.Conv2d`` call off its input and output shapes."""
-        return cls(math.prod(input_shape[:-3]), *input_shape[-2:], *output_shape[-2:])
-
-
-class RankTable(NamedTuple):
-    """Candidate ranks of one weight in one format, with their errors.
-
-    Attributes:
-        ranks: Candidates, shape ``(n, modes)``.
-        errors: Squared Frobenius norm of the weight's change at each candidate (or its error under the metric), shape
-            ``(n,)``, float64.
-    """
-
-    ranks: IntArray
-    errors: NDArray[np.float64]
-
-
-class RankProblem(abc.ABC):
-    """What a rank rule or the planner may ask about one dense weight in one low-rank format.
-
-    Attributes:
-        name: Name of the compressed class, for messages.
-        limits: Largest useful rank of each mode; at the limits nothing is lost.
-        multiple: Channels that the processor computes together. A planner that is after speed sets it, and ``table``
-            then lists aligned ranks where it would list a choice of all; see :func:`aligned`.
-    """
-
-    name: str
-    limits: tuple[int, ...]
-    multiple: int = 1
-
-    @abc.abstractmethod
-    def params(self, *ranks: IntArray | int) -> IntArray:
-        """Return the scalars in all factors (no bias) at the given ranks, elementwise over arrays."""
-
-    @abc.abstractmethod
-    def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
-        """Return the multiply-accumulates of one forward at the given ranks, elementwise over arrays."""
-
-    @abc.abstractmethod
-    def dense(self, positions: Positions) -> tuple[int, int]:
-        """Return params (no bias) and MACs of the dense layer."""
-
-    @abc.abstractmethod
-    def typical_positions(self) -> Positions:
-        """Return the positions per output position on a map large enough for borders not to count."""
-
-    @abc.abstractmethod
-    def unfoldings(self) -> tuple[Tensor, ...]:
-        """Return, for each mode, the matrices ``(groups, m, n)`` whose rank that mode limits.
-
-        Raises:
-            RankError: The format's rank is not the rank of a matrix.
-        """
-
-    @abc.abstractmethod
-    def table(self, metric: Metric | None = None) -> RankTable:
-        """Return the candidates that a planner chooses from, each with its squared error.
-
-        Args:
-            metric: What the errors measure; None for the squared Frobenius norm.
-        """
+from lowrank_nn.layers._rank_problem import IntArray, RankProblem
 
 
 class RankRule(abc.ABC):
@@ -251,19 +154,6 @@ class SpeedUp(RankRule):
         allowed = problem.dense(positions)[1] / self.times
         ranks = _equal_ranks(problem.limits)
         return _largest(problem, ranks, problem.macs(positions, *ranks.T) <= allowed, str(self))
-
-
-def aligned(ranks: IntArray, limit: int, multiple: int) -> NDArray[np.bool_]:
-    """Return which ranks fill whole vectors: the multiples, their half and their quarter, and the full rank.
-
-    Args:
-        ranks: Ranks of one mode.
-        limit: Its full rank.
-        multiple: Channels that are computed together; with 1 all ranks are aligned.
-    """
-    parts = [part for part in (multiple // 4, multiple // 2) if part]
-    mask: NDArray[np.bool_] = (ranks % multiple == 0) | np.isin(ranks, parts) | (ranks == limit)
-    return mask
 
 
 def check_rank(owner: str, rank: object, limit: int, what: str = "rank") -> int:

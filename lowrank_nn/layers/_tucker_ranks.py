@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowrank_nn.decompose import Metric, tucker2_errors, weighted_svd_errors, weighted_tucker2_errors
-from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankTable, aligned
+from lowrank_nn.layers._rank_problem import IntArray, Positions, RankProblem, RankTable, aligned
 from lowrank_nn.layers._source import Source
 
 _FRONT_SIZE = 200
@@ -18,13 +18,9 @@ class TuckerProblem(RankProblem):
     """Ranks (out, in) per group; a rank at its limit means that the mode is left whole."""
 
     def __init__(self, source: Source) -> None:
-        self.name = "TuckerConv2d"
-        self.groups: int = source.arguments["groups"]
-        self.stride: tuple[int, int] = source.arguments["stride"]
-        self.weight = source.weight
+        super().__init__("TuckerConv2d", source)
         self.kernels = kernel_blocks(source.weight, self.groups)  # (g, o, i, kh, kw)
-        self.out, self.inn, height, width = self.kernels.shape[1:]
-        self.taps = height * width
+        self.out, self.inn = self.kernels.shape[1:3]
         self.limits = tucker_limits(self.out, self.inn, self.taps)
 
     def unfoldings(self) -> tuple[Tensor, ...]:
@@ -48,13 +44,6 @@ class TuckerProblem(RankProblem):
         core_out, core_in = np.where(has_expand, out, self.out), np.where(has_reduce, inn, self.inn)
         core = self.groups * core_out * core_in * self.taps
         return self.groups * has_reduce * core_in * self.inn, core, self.groups * has_expand * core_out * self.out
-
-    def dense(self, positions: Positions) -> tuple[int, int]:
-        params = self.kernels.numel()
-        return params, params * positions.outputs
-
-    def typical_positions(self) -> Positions:
-        return Positions(1, *self.stride, 1, 1)
 
     def table(self, metric: Metric | None = None) -> RankTable:
         """Return the pairs that no other pair of the grid beats in both error and size, or error and MACs.

@@ -15,7 +15,8 @@ from lowrank_nn.decompose import Metric, cp, cp_full_rank, cp_tensor, weighted_c
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._cp_ranks import CPProblem, Factors, check_factors, kernel_tensors
 from lowrank_nn.layers._lowrank import LowRankLayer
-from lowrank_nn.layers._ranks import RankProblem, RankRule, check_rank
+from lowrank_nn.layers._rank_problem import RankProblem
+from lowrank_nn.layers._ranks import RankRule, check_rank
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_factors_
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages

@@ -14,7 +14,8 @@ from lowrank_nn.decompose import Metric, truncated_svd, weighted_tucker1, weight
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._matrix import MatrixProblem
-from lowrank_nn.layers._ranks import IntArray, Positions, RankProblem, RankRule, RankTable, check_rank
+from lowrank_nn.layers._rank_problem import IntArray, Positions, RankProblem, RankTable
+from lowrank_nn.layers._ranks import RankRule, check_rank
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_factors_
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages
@@ -27,22 +28,11 @@ class _SpatialProblem(MatrixProblem):
     """The rank of the matrix of (input channel, row) x (output channel, column) of each group."""
 
     def __init__(self, source: Source) -> None:
-        arguments = source.arguments
-        super().__init__("SpatialSVDConv2d", _unfold(source.weight, arguments["groups"]))
-        self.weight = source.weight
-        self.stride: tuple[int, int] = arguments["stride"]
+        super().__init__("SpatialSVDConv2d", source, _unfold(source.weight, source.arguments["groups"]))
 
     def macs(self, positions: Positions, *ranks: IntArray | int) -> IntArray:
-        # The vertical convolution sees the rows of the output, but still all columns of the input.
-        between = positions.batch * positions.height_out * positions.width_in
-        return np.asarray(ranks[0]) * self.groups * (self.rows * between + self.columns * positions.outputs)
-
-    def dense(self, positions: Positions) -> tuple[int, int]:
-        params = self.weight.numel()
-        return params, params * positions.outputs
-
-    def typical_positions(self) -> Positions:
-        return Positions(1, *self.stride, 1, 1)
+        per_rank = self.rows * positions.between + self.columns * positions.outputs
+        return np.asarray(ranks[0]) * self.groups * per_rank
 
     def table(self, metric: Metric | None = None) -> RankTable:
         """Return all ranks; none for a kernel of one row or one column, on which this format is ``SVDConv2d``.
@@ -50,7 +40,7 @@ class _SpatialProblem(MatrixProblem):
         Under a metric a few ranks are fitted, and the others estimated from their starts and these.
         """
         if 1 in self.weight.shape[2:]:
-            return RankTable(np.empty((0, 1), dtype=np.int64), np.empty(0))
+            return RankTable.empty()
         return super().table(metric)
 
     def _errors_under(self, metric: Metric) -> Tensor:

@@ -14,7 +14,8 @@ from lowrank_nn.errors import OptionError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._matrix import ConvProblem, LinearProblem, Order, unfold_kernel
-from lowrank_nn.layers._ranks import RankProblem, RankRule, check_rank
+from lowrank_nn.layers._rank_problem import RankProblem
+from lowrank_nn.layers._ranks import RankRule, check_rank
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size, draw_factors_
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages
@@ -84,7 +85,7 @@ class SVDLinear(LowRankLayer, CompressedLinear):
     @classmethod
     def rank_problem(cls, source: Source, **options: Any) -> RankProblem:
         """Return what rank rules and the planner ask about ``source`` in this format."""
-        return LinearProblem(cls.__name__, source.weight[None])
+        return LinearProblem(cls.__name__, source)
 
     @torch.no_grad()
     def approximate_(self, weight: Tensor, metric: Metric | None = None) -> None:

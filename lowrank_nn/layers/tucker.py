@@ -13,7 +13,8 @@ from lowrank_nn.decompose import Metric, tucker2, weighted_tucker2
 from lowrank_nn.errors import RankError
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._lowrank import LowRankLayer, Rank
-from lowrank_nn.layers._ranks import RankProblem, RankRule, check_rank
+from lowrank_nn.layers._rank_problem import RankProblem
+from lowrank_nn.layers._ranks import RankRule, check_rank
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_factors_
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages

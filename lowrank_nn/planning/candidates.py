@@ -16,7 +16,7 @@ from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Site
 from lowrank_nn.layers import CompressedLayer, LowRankLayer, Positions, RankProblem, read_layer
-from lowrank_nn.layers._ranks import IntArray, aligned
+from lowrank_nn.layers._rank_problem import IntArray, aligned
 from lowrank_nn.planning.budget import Budget
 from lowrank_nn.planning.choices import Choices, Floats
 

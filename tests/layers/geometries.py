@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_nn.layers import read_layer
-from lowrank_nn.layers._ranks import Positions
+from lowrank_nn.layers._rank_problem import Positions
 
 AWKWARD = {
     "uneven stride and padding": {"kernel_size": 3, "stride": (2, 1), "padding": (1, 2)},
