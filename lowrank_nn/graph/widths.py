@@ -19,12 +19,18 @@ class SharedWidth:
     and channels go together.
 
     Attributes:
-        channels: Number of channels of each of the groups.
-        per_unit: By name of the group, the channels of one of its units.
+        channels: Number of channels.
+        sides: Each is made of that many: one group, or the groups that the heads of one attention are in. By name of
+            the group, the channels of one of its units, the same for all of a side.
     """
 
     channels: int
-    per_unit: Mapping[str, int]
+    sides: tuple[Mapping[str, int], ...]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all groups."""
+        return frozenset().union(*self.sides)
 
 
 def shared_widths(groups: Sequence[ChannelGroup], tensors: Mapping[str, Tensor]) -> list[SharedWidth]:
@@ -39,16 +45,29 @@ def shared_widths(groups: Sequence[ChannelGroup], tensors: Mapping[str, Tensor])
         m.name: (group.name, _wide(m), group.size * _wide(m)) for group, m in _members(groups, matrices, "in", 1)
     }
     widths: list[SharedWidth] = []
+    for (projections, head), several in _heads(groups, matrices).items():
+        names = [group.name for group in several]
+        filled = head * sum(group.size for group in several)
+        read = {streams[projection] for projection in projections if projection in streams}
+        for name, wide, channels in sorted(read):
+            if channels == filled and name not in names:
+                widths = _joined([*widths, SharedWidth(channels, ({name: wide}, dict.fromkeys(names, head)))])
+    return widths
+
+
+def _heads(groups: Sequence[ChannelGroup], matrices: set[str]) -> dict[tuple[frozenset[str], int], list[ChannelGroup]]:
+    """Return the groups that hold heads, by the projections that compute these and the width of one.
+
+    They are several where the heads of one attention do not all go the same way: some through one convolution, some
+    through another.
+    """
+    found: dict[tuple[frozenset[str], int], list[ChannelGroup]] = {}
     for group in groups:
         head = min((_wide(m) for _, m in _members([group], matrices, "in", 1)), default=0)
         projections = [m for _, m in _members([group], matrices, "out", 0)]
-        if head < 2 or sum(map(_wide, projections)) < 3 * head:  # queries, keys and values
-            continue
-        read = {streams[m.name] for m in projections if m.name in streams}
-        for name, wide, channels in sorted(read):
-            if channels == group.size * head and name != group.name:
-                widths = _joined([*widths, SharedWidth(channels, {name: wide, group.name: head})])
-    return widths
+        if head >= 2 and sum(map(_wide, projections)) >= 3 * head:  # queries, keys and values
+            found.setdefault((frozenset(m.name for m in projections), head), []).append(group)
+    return found
 
 
 def _members(
@@ -67,9 +86,8 @@ def _wide(member: Member) -> int:
 def _joined(widths: Sequence[SharedWidth]) -> list[SharedWidth]:
     """Return the same with the last one joined to those that have a group in common with it."""
     *others, last = widths
-    meets = [bool(width.per_unit.keys() & last.per_unit.keys()) for width in others]
-    per_unit = dict(last.per_unit)
-    for width in itertools.compress(others, meets):
-        per_unit |= width.per_unit
+    meets = [bool(width.names & last.names) for width in others]
+    sides = [side for width in itertools.compress(others, meets) for side in width.sides]
+    sides += [side for side in last.sides if side not in sides]
     apart = [width for width, meeting in zip(others, meets, strict=True) if not meeting]
-    return [*apart, SharedWidth(last.channels, per_unit)]
+    return [*apart, SharedWidth(last.channels, tuple(sides))]

@@ -208,7 +208,7 @@ class FilterRemoval:
 
 
 def _proof(state: State, model: nn.Module, removals: Sequence[Removal], widths: Sequence[SharedWidth]) -> Proof:
-    together = [width.per_unit.keys() for width in widths]
+    together = [width.names for width in widths]
     return prove(model, removals, state.example_inputs, together=together, seed=state.seed)
 
 

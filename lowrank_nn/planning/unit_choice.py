@@ -61,24 +61,25 @@ class KeepRule:
         else:
             kept = {name: self.kept(len(s), len(s) - round(share * len(s))) for name, s in scores.items()}
         for width in widths:
-            if width.per_unit.keys() <= scores.keys():
-                kept |= self._filled(width, kept)
+            if width.names <= scores.keys():
+                kept |= self._filled(width, kept, {name: len(scores[name]) for name in width.names})
         return {name: least_important(s, len(s) - kept[name]) for name, s in scores.items()}
 
-    def _filled(self, width: SharedWidth, kept: Mapping[str, int]) -> dict[str, int]:
+    def _filled(self, width: SharedWidth, kept: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
         """Return how many units of groups that share a width stay: of as many channels, near the mean of ``kept``."""
-        wanted = sum(kept[name] * wide for name, wide in width.per_unit.items()) / len(width.per_unit)
-        step = math.lcm(*width.per_unit.values())
-        possible = [
-            channels
-            for channels in range(step, width.channels + 1, step)
-            if all(
-                self.kept(width.channels // wide, channels // wide) == channels // wide
-                for wide in width.per_unit.values()
-            )
-        ]
-        best = min(possible, key=lambda channels: abs(channels - wanted), default=width.channels)
-        return {name: best // wide for name, wide in width.per_unit.items()}
+        units = {name: wide for side in width.sides for name, wide in side.items()}
+        wanted = sum(kept[name] * wide for name, wide in units.items()) / len(width.sides)
+        step = math.lcm(*units.values())
+        possible = {}
+        for channels in range(step, width.channels + 1, step):
+            left: dict[str, int] = {}
+            for side in width.sides:
+                left |= _divided(channels // next(iter(side.values())), {name: sizes[name] for name in side})
+            if all(self.kept(sizes[name], count) == count for name, count in left.items()):
+                possible[channels] = left
+        if not possible:
+            return dict(sizes)
+        return possible[min(possible, key=lambda channels: abs(channels - wanted))]
 
     def _kept_globally(self, scores: Mapping[str, Tensor], share: float) -> dict[str, int]:
         """Return how many units of each group stay when the least important ones of all groups go."""
@@ -93,6 +94,16 @@ class KeepRule:
         for _, name, _ in ranked[:goes]:
             lost[name] += 1
         return {name: self.kept(len(s), len(s) - lost[name]) for name, s in scores.items()}
+
+
+def _divided(count: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return how many of ``count`` units each group has: in proportion to their sizes, rounded to that sum."""
+    total = sum(sizes.values())
+    parts = {name: count * size // total for name, size in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda name: -(count * sizes[name] % total))
+    for name in by_remainder[: count - sum(parts.values())]:
+        parts[name] += 1
+    return parts
 
 
 def least_important(scores: Tensor, count: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from lowrank_nn.graph.surgery import named_tensors
 from lowrank_nn.graph.widths import SharedWidth, shared_widths
 from lowrank_nn.planning.unit_choice import KeepRule
 from tests.zoo._seeded import seeded
+from tests.zoo.coat import CoaT
 
 X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -61,7 +62,7 @@ def widths_of(model):
 def test_one_width_is_found(joined):
     (width,) = widths_of(make(joined=joined))
     assert width.channels == 24
-    assert sorted(width.per_unit.values()) == [1, 6, 6]
+    assert sorted(tuple(side.values()) for side in width.sides) == [(1,), (6,), (6,)]
 
 
 def test_linear_layers_of_the_same_width_do_not_share_it():
@@ -85,6 +86,24 @@ def test_heads_go_on_filling_the_width(heads, share, channels):
     assert result.model(X).shape == (2, 4)
 
 
+@pytest.mark.parametrize(
+    ("parts", "share", "left"),
+    [((2, 2), 0.3, (1, 1)), ((2, 3, 3), 0.3, (1, 2, 2)), ((2, 3, 3), 0.1, (2, 3, 3)), ((2, 6), 0.2, (2, 5))],
+)
+def test_heads_that_go_several_ways_fill_the_width_together(parts, share, left):
+    windows = dict(zip((1, 3, 5), parts, strict=False))
+    model, image = seeded(lambda: (CoaT(windows), torch.randn(2, 3, 8, 8)))()
+    result = lnn.compress_model(model, image, [lnn.Prune(share, granularity="filter")], progress=False)
+    small = result.model
+    assert small.embed.out_channels == 4 * sum(left)
+    for attention in small.attentions:
+        assert attention.num_heads == sum(left)
+        assert attention.qkv.weight.shape == (12 * sum(left), 4 * sum(left))
+        assert tuple(conv.groups for conv in attention.shared.convolutions) == tuple(4 * heads for heads in left)
+    assert not any("the forward fails" in reason for reason in result.report.left)
+    assert small(image).shape == (2, 5)
+
+
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_under_a_budget(scope):
     step = lnn.Prune(granularity="filter", scope=scope)
@@ -106,10 +125,20 @@ def test_under_a_budget(scope):
 )
 def test_how_many_stay_of_groups_that_share_a_width(keep, share, stream):
     scores = {"stream": torch.arange(12.0), "heads": torch.arange(4.0)}
-    chosen = keep.choose(scores, share, [SharedWidth(12, {"stream": 1, "heads": 3})])
+    chosen = keep.choose(scores, share, [SharedWidth(12, ({"stream": 1}, {"heads": 3}))])
     assert (12 - len(chosen["stream"]), 4 - len(chosen["heads"])) == (stream, stream // 3)
 
 
+def test_parts_keep_one_head_each():
+    scores = {"stream": torch.arange(24.0), "one": torch.arange(2.0), "other": torch.arange(6.0)}
+    chosen = KeepRule(min_keep=0).choose(scores, 1.0, [SharedWidth(24, ({"stream": 1}, {"one": 3, "other": 3}))])
+    assert {name: len(scores[name]) - len(units) for name, units in chosen.items()} == {
+        "stream": 6,
+        "one": 1,
+        "other": 1,
+    }
+
+
 def test_without_scores_for_one_of_them_the_others_are_free():
-    chosen = KeepRule().choose({"stream": torch.arange(12.0)}, 0.4, [SharedWidth(12, {"stream": 1, "heads": 3})])
+    chosen = KeepRule().choose({"stream": torch.arange(12.0)}, 0.4, [SharedWidth(12, ({"stream": 1}, {"heads": 3}))])
     assert len(chosen["stream"]) == 5
