@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -28,7 +29,11 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in ``value``, through lists, tuples, mappings and dataclasses, in order."""
+    """Yield the tensors in ``value``, in order: through containers, and attributes of objects that only hold values."""
+    return _tensors(value, set())
+
+
+def _tensors(value: Any, met: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
         return
@@ -39,8 +44,16 @@ def tensors(value: Any) -> Iterator[Tensor]:
         inner = value
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif id(value) not in met and _holds_values(value):
+        met.add(id(value))  # such objects may know each other
+        inner = list(vars(value).values())
     for item in inner:
-        yield from tensors(item)
+        yield from _tensors(item, met)
+
+
+def _holds_values(value: Any) -> bool:
+    """Whether an object is a record of values: a distribution, a namespace, a cache, a class of the user's own."""
+    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, types.ModuleType)
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
