@@ -79,8 +79,10 @@ def matching(
     Raises:
         PlanError: A pattern matches nothing.
     """
-    fitting = {site.path: (site, cls) for site in state.sites() if (cls := class_for(site, classes)) is not None}
-    wanted = select([site for site, _ in fitting.values()], where, but_not, step)
+    sites = state.sites()
+    fitting = {site.path: (site, cls) for site in sites if (cls := class_for(site, classes)) is not None}
+    others = [site for site in sites if site.path not in fitting]
+    wanted = select([site for site, _ in fitting.values()], where, but_not, step, others)
     return [fitting[site.path] for site in wanted]
 
 

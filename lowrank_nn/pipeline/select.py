@@ -11,8 +11,12 @@ from lowrank_nn.graph.sites import describe_paths
 
 Patterns = str | Sequence[str]
 
+_SHOWN = 10
 
-def select(sites: Iterable[Site], where: Patterns, but_not: Patterns, step: str) -> list[Site]:
+
+def select(
+    sites: Iterable[Site], where: Patterns, but_not: Patterns, step: str, others: Iterable[Site] = ()
+) -> list[Site]:
     """Return the sites that match a pattern of ``where`` and none of ``but_not``.
 
     Patterns are those of the shell (``*``, ``?``, ``[ab]``; ``*`` crosses dots) and match a layer's dotted path, the
@@ -23,17 +27,20 @@ def select(sites: Iterable[Site], where: Patterns, but_not: Patterns, step: str)
         where: Patterns of the layers wanted.
         but_not: Patterns of the layers to leave as they are.
         step: Name of the step, for messages.
+        others: The other layers of the model, for messages.
 
     Raises:
-        PlanError: A pattern matches no layer; the message lists the paths there are.
+        PlanError: A pattern matches no layer; the message lists the paths there are, and the layers of other kinds that
+            it does match.
     """
     sites = list(sites)
     wanted, unwanted = ((names,) if isinstance(names, str) else tuple(names) for names in (where, but_not))
     for pattern in (*wanted, *unwanted):
         if not any(_matches(site, pattern) for site in sites):
+            matched = [f"{site.path} ({type(site.layer).__name__})" for site in others if _matches(site, pattern)]
             raise PlanError(
                 f"{step}: the pattern {pattern!r} matches no layer that this step can act on. "
-                f"{describe_paths(site.path for site in sites)}"
+                f"{describe_paths(site.path for site in sites)}{_of_another_kind(matched)}"
             )
     return [
         site
@@ -61,6 +68,13 @@ def strictest(
         for site in select(sites, pattern, (), step):
             found[site.path] = pick(found.get(site.path, bound), bound)
     return found
+
+
+def _of_another_kind(matched: Sequence[str]) -> str:
+    if not matched:
+        return ""
+    more = f" and {len(matched) - _SHOWN} more" if len(matched) > _SHOWN else ""
+    return f" What it matches is of a kind that this step leaves alone: {', '.join(matched[:_SHOWN])}{more}."
 
 
 def _matches(site: Site, pattern: str) -> bool:

@@ -105,6 +105,22 @@ def test_a_pattern_that_matches_nothing_lists_the_paths(net, step):
         run(net, step)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            [lnn.Quantize("int8"), lnn.Quantize("int4")],
+            r"Quantize: .*There are: none. .* leaves alone: conv1 \(QuantConv2d",
+        ),
+        ([lnn.Codebook(3), lnn.Prune(0.5)], r"Prune: .* leaves alone: conv1 \(CodebookConv2d\), norm \(BatchNorm2d\)"),
+        (lnn.LowRank(rank=lnn.VBMF(), where="norm"), r"There are: conv1, .* leaves alone: norm \(BatchNorm2d\)"),
+    ],
+)
+def test_a_pattern_that_matches_other_kinds_names_them(net, recipe, message):
+    with pytest.raises(lnn.PlanError, match=message):
+        run(net, recipe)
+
+
 def test_but_not_by_the_path_of_the_parent(net):
     small = run(net, [lnn.Apply(lnn.SVDLinear, rank=3), lnn.Quantize(but_not="fc")]).model
     assert kinds(small)["fc.reduce"] == kinds(small)["fc.expand"] == "Linear"
