@@ -34,8 +34,8 @@ PROBED_POWERS = (20, 25)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a weight holds channels: ``positions`` along ``dim`` has a row for each channel."""
+class Place:
+    """Where a weight, as it would be with ``groups=1``, holds channels: ``positions`` along ``dim``, a row for each."""
 
     path: str
     dim: int
@@ -43,13 +43,13 @@ class _Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Channels:
+class Channels:
     """Channels, the weights that compute them and those that read them."""
 
     name: str
     size: int
-    computed: tuple[_Place, ...]
-    read: tuple[_Place, ...]
+    computed: tuple[Place, ...]
+    read: tuple[Place, ...]
 
 
 def equalize(model: nn.Module, example_inputs: Any) -> nn.Module:
@@ -96,14 +96,14 @@ def equalize_(model: nn.Module, example_inputs: Any) -> tuple[Rescaling, dict[st
     Returns:
         What weights were multiplied by; and by path of a layer, why the channels that it computes stay.
     """
-    one_group, uses = _with_one_group(model), uses_of(model)
+    one_group, uses = with_one_group(model), uses_of(model)
     found, left = [], {}
     for group in find_groups(one_group, example_inputs):
-        reason = _refusal(model, group, uses)
+        reason = refusal(model, group, uses)
         if reason:
             left[group.name] = reason
         else:
-            found.append(_channels(group))
+            found.append(channels_of(group))
     trial = _Trial(model, one_group, example_inputs)
     left |= trial.refused(found)
     rescaling = _equal_shares(one_group, [channels for channels in found if channels.name not in left])
@@ -113,7 +113,7 @@ def equalize_(model: nn.Module, example_inputs: Any) -> tuple[Rescaling, dict[st
     return rescaling, left
 
 
-def _with_one_group(model: nn.Module) -> nn.Module:
+def with_one_group(model: nn.Module) -> nn.Module:
     """Return a copy whose grouped convolutions are dense ones, zero between groups, that compute the same.
 
     A depthwise convolution reads and computes channels that are one to :func:`find_groups`, and can be rescaled
@@ -141,7 +141,7 @@ def _one_group(layer: nn.Module) -> nn.Module:
     return dense
 
 
-def _refusal(model: nn.Module, group: ChannelGroup, uses: Counter[int]) -> str:
+def refusal(model: nn.Module, group: ChannelGroup, uses: Counter[int]) -> str:
     """Return why channels cannot be rescaled, as far as the layers tell; empty where they may be."""
     if group.frozen:
         return group.frozen
@@ -160,12 +160,14 @@ def _refusal(model: nn.Module, group: ChannelGroup, uses: Counter[int]) -> str:
     return "" if any(member.role == "in" for member in group.members) else "no layer reads them"
 
 
-def _channels(group: ChannelGroup) -> _Channels:
-    def places(role: str) -> tuple[_Place, ...]:
-        weights = [m for m in group.members if m.role == role and m.name.endswith(".weight")]
-        return tuple(_Place(m.name.removesuffix(".weight"), m.dim, torch.tensor(m.positions)) for m in weights)
+def channels_of(group: ChannelGroup) -> Channels:
+    """Return the units of a group as channels."""
 
-    return _Channels(group.name, group.size, places("out"), places("in"))
+    def places(role: str) -> tuple[Place, ...]:
+        weights = [m for m in group.members if m.role == role and m.name.endswith(".weight")]
+        return tuple(Place(m.name.removesuffix(".weight"), m.dim, torch.tensor(m.positions)) for m in weights)
+
+    return Channels(group.name, group.size, places("out"), places("in"))
 
 
 class _Trial:
@@ -176,7 +178,7 @@ class _Trial:
         self._expected = outputs_of(model, example_inputs)
         self._generator = torch.Generator().manual_seed(0)
 
-    def refused(self, found: Sequence[_Channels]) -> dict[str, str]:
+    def refused(self, found: Sequence[Channels]) -> dict[str, str]:
         """Return by name which channels cannot take any factor, and why."""
         if not found:
             return {}
@@ -200,22 +202,22 @@ class _Trial:
             except PlanError:  # it checks its values
                 return False
 
-    def _take_any_factor(self, found: Sequence[_Channels]) -> bool:
+    def _take_any_factor(self, found: Sequence[Channels]) -> bool:
         probes = [(channels, self._factors(channels)) for channels in found]
         return all(
             self.keeps_outputs(merged(self._rescaling(channels, s**sign) for channels, s in probes)) for sign in (1, -1)
         )
 
-    def _rescaling(self, channels: _Channels, s: Tensor) -> Rescaling:
+    def _rescaling(self, channels: Channels, s: Tensor) -> Rescaling:
         return _rescaling(self._one_group, channels, s)
 
-    def _factors(self, channels: _Channels) -> Tensor:
+    def _factors(self, channels: Channels) -> Tensor:
         powers = torch.randint(*PROBED_POWERS, (channels.size,), generator=self._generator)
         signs = 2 * torch.randint(2, (channels.size,), generator=self._generator) - 1
         return 2.0 ** (signs * powers).double()
 
 
-def _rescaling(one_group: nn.Module, channels: _Channels, s: Tensor) -> Rescaling:
+def _rescaling(one_group: nn.Module, channels: Channels, s: Tensor) -> Rescaling:
     """Return what divides the weights that compute channels by s, and multiplies those that read them."""
     parts: list[Rescaling] = []
     for places, factors in ((channels.computed, 1 / s), (channels.read, s)):
@@ -227,7 +229,7 @@ def _rescaling(one_group: nn.Module, channels: _Channels, s: Tensor) -> Rescalin
 
 
 @torch.no_grad()
-def _equal_shares(one_group: nn.Module, found: Sequence[_Channels]) -> Rescaling:
+def _equal_shares(one_group: nn.Module, found: Sequence[Channels]) -> Rescaling:
     """Return the rescaling after which every channel takes the same share of the ranges on both sides."""
     peaks: dict[str, Tensor] = {}
     for place in (place for channels in found for place in (*channels.computed, *channels.read)):
@@ -249,7 +251,7 @@ def _equal_shares(one_group: nn.Module, found: Sequence[_Channels]) -> Rescaling
     return merged(_rescaling(one_group, *pair) for pair in zip(found, totals, strict=True))
 
 
-def _share(peaks: dict[str, Tensor], places: Sequence[_Place]) -> Tensor:
+def _share(peaks: dict[str, Tensor], places: Sequence[Place]) -> Tensor:
     """Return the largest absolute weight of each channel over that of the whole weight, float64."""
     shares = []
     for place in places:

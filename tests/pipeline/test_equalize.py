@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_nn as lnn
+from lowrank_nn.errors import CalibrationError
 from tests.zoo import ZOO
 
 RESCALED = "Equalize: channels rescaled against other layers"
@@ -97,3 +98,35 @@ def test_rounding_on_data_behind_it():
     nearest = lnn.compress_model(model, x, recipe)
     on_data = lnn.compress_model(model, x, recipe, calibration=[x])
     assert difference(model, on_data.model, x) < difference(model, nearest.model, x)
+
+
+ABSORBED = "Equalize: high biases absorbed by the layers that read them"
+
+
+def test_high_biases_are_absorbed_on_calibration_data_and_inputs_then_lose_less():
+    generator = torch.Generator().manual_seed(0)
+    model, x = separable(generator), torch.randn(64, 3, 10, 10, generator=generator)
+    with torch.no_grad():
+        model[0].bias[::2] += 12
+    quantize = lnn.Quantize("int8", activations="int8")
+    recipes = {absorb: [lnn.Equalize(absorb=absorb)] for absorb in (False, True)}
+    results = {absorb: lnn.compress_model(model, x[:2], steps, calibration=[x]) for absorb, steps in recipes.items()}
+    assert difference(model, results[True].model, x) < 1e-5
+    assert ABSORBED not in results[False].report.remarks
+    assert "0" in results[True].report.remarks[ABSORBED]
+    with torch.no_grad():
+        peaks = {absorb: float(result.model[0](x).max()) for absorb, result in results.items()}
+    assert peaks[True] < 0.7 * peaks[False]
+    small = {absorb: lnn.compress_model(model, x[:2], [*s, quantize], calibration=[x]) for absorb, s in recipes.items()}
+    assert difference(model, small[True].model, x) < 0.8 * difference(model, small[False].model, x)
+
+
+def test_absorption_needs_calibration_data_and_says_what_stays():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).eval()
+    x = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    nn.init.constant_(model[0].bias, 9.0)
+    with pytest.raises(CalibrationError, match="Equalize: absorb=True needs calibration batches"):
+        lnn.plan(model, x, [lnn.Equalize(absorb=True)])
+    result = lnn.compress_model(model, x, [lnn.Equalize(absorb=True)], calibration=x)
+    assert result.report.remarks["Equalize: high biases stay: 2 pads with zeros, which no bias makes up for"] == ("0",)
+    assert repr(lnn.Equalize(absorb=True)) == "Equalize(absorb=True)"
