@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lowrank_nn.errors import TrainingError
+from lowrank_nn.errors import CalibrationError, TrainingError
 from lowrank_nn.graph.inputs import describe, tensors
 
 TARGET_KEYS = ("labels", "label", "targets", "target")
@@ -24,7 +24,8 @@ def split_batch(batch: Any, example_inputs: Any) -> tuple[Any, Tensor | None]:
     ``(inputs, targets)``; for one of n arguments ``(inputs, targets)`` or flat, n inputs and then the targets; in
     both cases the inputs alone are a batch too. In a dict the first of the entries ``labels``, ``label``, ``targets``
     and ``target`` is the target (and also stays an input if ``example_inputs`` has it); the others are keyword
-    arguments or, if there is one other and the model is not called by keywords, that argument.
+    arguments, the one argument of a model that takes a dict or, if there is one other and the model is not called by
+    keywords, that argument.
 
     Raises:
         TrainingError: The batch has none of these forms, or targets that are no tensor.
@@ -49,14 +50,54 @@ def split_batch(batch: Any, example_inputs: Any) -> tuple[Any, Tensor | None]:
 
 
 def _split_mapping(batch: Mapping[Any, Any], example_inputs: Any) -> tuple[Any, Tensor | None]:
+    inputs, found = _mapping_inputs(batch, example_inputs)
+    return inputs, None if found is None else _target(batch[found])
+
+
+def _mapping_inputs(batch: Mapping[Any, Any], example_inputs: Any) -> tuple[Any, str | None]:
+    """Return the inputs in a dict, and the key of the target."""
     by_keyword = isinstance(example_inputs, Mapping)
-    wanted = set(example_inputs) if by_keyword else set()
+    whole = type(example_inputs) in (tuple, list) and [isinstance(item, Mapping) for item in example_inputs] == [True]
+    wanted = set(example_inputs[0] if whole else example_inputs if by_keyword else ())
     found = next((key for key in TARGET_KEYS if key in batch), None)
     inputs = {key: value for key, value in batch.items() if key != found or key in wanted}
-    target = None if found is None else _target(batch[found])
+    if whole:
+        return (inputs,), found
     if not by_keyword and len(inputs) == 1:
-        return (next(iter(inputs.values())),), target
-    return inputs, target
+        return (next(iter(inputs.values())),), found
+    return inputs, found
+
+
+def read_calibration(calibration: Any, example_inputs: Any) -> Any:
+    """Return calibration data as something that can be gone through again, dicts in it read as those of training data.
+
+    Raises:
+        CalibrationError: They are nothing that can be gone through.
+    """
+    if calibration is None or isinstance(calibration, Tensor):
+        return calibration
+    if isinstance(calibration, Mapping):
+        return [_mapping_inputs(calibration, example_inputs)[0]]
+    if not (hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")):
+        raise CalibrationError(
+            f"calibration must be an iterable of what the model is called with, got {type(calibration).__name__}. Pass "
+            "a tensor (one batch), a list of batches or a DataLoader."
+        )
+    return _Calibration(list(calibration) if isinstance(calibration, Iterator) else calibration, example_inputs)
+
+
+class _Calibration:
+    """Batches in which dicts are what the model is called with, labels left out."""
+
+    def __init__(self, batches: Any, example_inputs: Any) -> None:
+        self._batches, self._example_inputs = batches, example_inputs
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            yield _mapping_inputs(batch, self._example_inputs)[0] if isinstance(batch, Mapping) else batch
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
 
 def _target(value: Any = None) -> Tensor | None:

@@ -17,6 +17,7 @@ from lowrank_nn.graph import Recording, call_model, record
 from lowrank_nn.graph.fold import folded_norms
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.pipeline.apply import Apply
+from lowrank_nn.pipeline.batches import read_calibration
 from lowrank_nn.pipeline.dryrun import DryRun
 from lowrank_nn.pipeline.latency import dry_run_in_time
 from lowrank_nn.pipeline.lowrank import LowRank
@@ -95,8 +96,9 @@ def compress_model(
             published recipe (``"one-shot"``); ``[LowRank()]`` if left out.
         budget: What may remain at the end of the recipe, as shares of the dense model; or the drop of accuracy within
             which the smallest model is wanted, for which up to eight are compressed.
-        calibration: Batches of inputs, labels in them ignored: what ranks, bits and filters are chosen by, layers
-            fitted to, and ranges of activations measured on.
+        calibration: Batches of inputs, labels in them ignored (a second item, or the entry ``labels``, ``label``,
+            ``targets`` or ``target`` of a dict): what ranks, bits and filters are chosen by, layers fitted to, and
+            ranges of activations measured on.
         seed: Seed of everything random. The same inputs and seed give the same bits on the same machine.
         progress: Whether to show progress bars, on a terminal.
         measure_speed: Whether to time both models on ``example_inputs`` for the report; under a latency budget they are
@@ -159,8 +161,7 @@ def _start(
     progress: bool,
 ) -> State:
     """Return the state that a recipe starts from."""
-    if isinstance(calibration, Iterator):
-        calibration = list(calibration)  # several steps may go through it
+    calibration = read_calibration(calibration, example_inputs)  # several steps may go through it
     with preserved_random_state(seed):
         original = record(model, example_inputs)
     return State(model, model, original, example_inputs, calibration, budget, seed=seed, progress=progress)

@@ -20,19 +20,22 @@ from lowrank_nn.graph.sites import describe_paths
 def model_inputs(model: nn.Module, batch: Any) -> Any:
     """Return what ``model`` is called with out of a calibration batch, labels left out; for :func:`call_model`.
 
-    A tensor, or anything else that is not a tuple or list, is taken whole; a mapping holds keyword arguments. Of a
-    tuple or list the leading items are taken, as many as the model's forward has required arguments, at least one:
-    ``(images, labels)`` gives the images to a model of one argument. Its first item may also be a mapping of keyword
-    arguments, or, where the model has several arguments, the tuple or list of them: ``((left, right), labels)``.
+    A tensor, or anything else that is not a tuple or list, is taken whole; a mapping holds keyword arguments, or is the
+    argument of a model that takes no such keywords. Of a tuple or list the leading items are taken, as many as the
+    model's forward has required arguments, at least one: ``(images, labels)`` gives the images to a model of one
+    argument. Its first item may also be such a mapping, or, where the model has several arguments, the tuple or list of
+    them: ``((left, right), labels)``.
 
     Args:
         model: The model.
         batch: One batch, such as a ``DataLoader`` yields.
     """
+    if isinstance(batch, Mapping):
+        return batch if _takes_keywords(model, batch) else (batch,)
     if not isinstance(batch, (tuple, list)) or not batch:
         return batch
     needed, first = _required_arguments(model), batch[0]
-    if isinstance(first, Mapping):
+    if isinstance(first, Mapping) and _takes_keywords(model, first):
         return first
     if needed > 1 and isinstance(first, (tuple, list)):
         return tuple(first)
@@ -121,6 +124,15 @@ def _required_arguments(model: nn.Module) -> int:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     arguments = inspect.signature(model.forward).parameters.values()
     return sum(a.kind in positional and a.default is inspect.Parameter.empty for a in arguments)
+
+
+def _takes_keywords(model: nn.Module, keywords: Mapping[Any, Any]) -> bool:
+    """Whether a mapping can be the keyword arguments of a call of ``model``."""
+    try:
+        inspect.signature(model.forward).bind(**keywords)
+    except TypeError:
+        return False
+    return True
 
 
 def _run(model: nn.Module, inputs: Any, number: int) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lowrank_nn.errors import TrainingError
+import lowrank_nn as lnn
+from lowrank_nn.errors import CalibrationError, TrainingError
 from lowrank_nn.graph import call_model
-from lowrank_nn.pipeline.batches import loader_generators, logits_of, split_batch, to_device
+from lowrank_nn.pipeline.batches import loader_generators, logits_of, read_calibration, split_batch, to_device
 
 X, Z, Y = torch.randn(4, 3), torch.randn(4, 2), torch.arange(4)
 
@@ -62,6 +63,8 @@ def called_with(batch, example_inputs):
         ({"a": X}, {"a": X}, (), {"a": X}, None),
         ({"a": X, "b": Z, "label": Y}, (X, Z), (), {"a": X, "b": Z}, Y),
         (({"a": X}, Y), ({"a": X},), ({"a": X},), {}, Y),
+        ({"a": X, "labels": Y}, ({"a": X},), ({"a": X},), {}, Y),
+        ({"a": X, "b": Z}, ({"a": X, "b": Z},), ({"a": X, "b": Z},), {}, None),
         (Output(X, Z), Output(X, Z), (Output(X, Z),), {}, None),
         ((Output(X, Z), Y), Output(X, Z), (Output(X, Z),), {}, Y),
     ],
@@ -81,6 +84,56 @@ def test_inputs_and_targets(batch, example_inputs, args, kwargs, targets):
     assert got_kwargs.keys() == kwargs.keys()
     assert all(got_kwargs[key] is value for key, value in kwargs.items())
     assert got_targets is targets
+
+
+@pytest.mark.parametrize(
+    ("calibration", "example_inputs", "expected"),
+    [
+        ([{"image": X, "label": ["cat"]}], X, [(X,)]),
+        ([{"a": X, "labels": Y}], {"a": X}, [{"a": X}]),
+        ([{"a": X, "labels": Y}], {"a": X, "labels": Y}, [{"a": X, "labels": Y}]),
+        ({"a": X, "labels": Y}, {"a": X}, [{"a": X}]),
+        ([{"a": X, "b": Z, "target": Y}], ({"a": X, "b": Z},), [({"a": X, "b": Z},)]),
+        (iter([(X, Y), X]), X, [(X, Y), X]),
+        (X, X, X),
+        (None, X, None),
+    ],
+)
+def test_calibration_is_read_again_and_again(calibration, example_inputs, expected):
+    read = read_calibration(calibration, example_inputs)
+    if isinstance(expected, list):
+        assert str(list(read)) == str(list(read)) == str(expected)
+        assert len(read) == len(expected)
+    else:
+        assert read is expected
+
+
+def test_calibration_that_is_no_iterable():
+    with pytest.raises(CalibrationError, match=r"iterable of what the model is called with, got int.*a DataLoader"):
+        read_calibration(8, X)
+
+
+class TakesDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 10)
+
+    def forward(self, batch):
+        return self.head(torch.relu(self.a(batch["x"]) + self.b(batch["y"])))
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_model_that_takes_one_dict(labelled):
+    batch = {"x": torch.linspace(-1, 1, 32).reshape(4, 8), "y": torch.linspace(0, 1, 32).reshape(4, 8)}
+    batches = [batch | {"labels": Y}] * 2 if labelled else [(batch,)] * 2
+    recipe = [
+        lnn.LowRank(formats=[lnn.SVDLinear]),
+        lnn.FineTune(batches, epochs=1),
+        lnn.Quantize("int8", activations="int8"),
+    ]
+    budget = lnn.Budget(params=0.7)
+    small = lnn.compress_model(TakesDict(), (batch,), recipe, budget=budget, calibration=batches, progress=False).model
+    assert small(batch).shape == (4, 10)
 
 
 @pytest.mark.parametrize("batch", [(X, Z, Y), (X, [Y]), (X, {"boxes": Z}), ([X, Z], [Y, Y]), {"a": X, "labels": [1]}])
