@@ -76,14 +76,14 @@ def mix(units: Units, plane: Tensor, dims: Iterable[int], where: str) -> Tensor 
 def merge(units: Units, operands: Sequence[Labels], where: str) -> list[Tensor]:
     """Return the planes of what an element-wise operation makes of operands with equally many dimensions.
 
-    Ids at the same place are united. An operand of size 1 along the dimensions on which a plane varies says nothing
-    about it; one that has all those elements, and no units for them, freezes the plane.
+    Ids at the same place of several operands are united. An operand of size 1 along the dimensions on which a plane
+    varies says nothing about it; one that has all those elements, and no units for them, freezes the plane.
     """
     planes = [(index, plane) for index, labels in enumerate(operands) for plane in _that_go(units, labels.planes)]
     planes = _choose_dims(units, planes, where)
     merged: list[tuple[Tensor, set[int]]] = []
     for index, plane in planes:
-        meeting = [bool(support(known) & support(plane)) for known, _ in merged]
+        meeting = [bool(support(known) & support(plane)) and others != {index} for known, others in merged]
         members, combined = {index}, plane
         for known, others in itertools.compress(merged, meeting):
             units.unite(known, combined, f"meets what stays in {where}")

@@ -16,7 +16,7 @@ from lowrank_nn.errors import LowRankError, PlanError
 from lowrank_nn.graph.free_norms import follow_inputs
 from lowrank_nn.graph.inputs import call_model, doubled, map_tensors, tensors
 from lowrank_nn.graph.preserve import evaluating, seed_all, untouched
-from lowrank_nn.graph.proof_modes import NoDropout, NormaliseKept
+from lowrank_nn.graph.proof_modes import NoDropout, NormaliseKept, StandardiseKept
 from lowrank_nn.graph.surgery import Cuts, Removal, cut_tensor, cuts_of, masked_units, named_tensors, remove_units
 
 TOLERANCE = 1e-4  # relative to the largest entry of the same tensor
@@ -49,7 +49,8 @@ def prove(
     """Find out which removals change nothing but that the channels are gone.
 
     Twice the model runs on the same inputs: once without the doomed units, once with all their slices zero in every
-    member of their groups; layer norms take mean and variance of the other channels in both. In eval mode the outputs
+    member of their groups; layer norms, and weights that are standardised, take mean and variance of the other channels
+    in both. In eval mode the outputs
     must agree; in train mode, with dropout off and a batch twice as large where the model allows that, also the
     gradients of all that is kept and the statistics of the norms. Both runs are in float64, where the model runs in it:
     rounding is no excuse then.
@@ -159,7 +160,8 @@ class _Trial:
             return f"without these channels the forward fails {mode}: {_short(error)}"
         finally:
             undo()
-        with masked_units(self._model, removals), NormaliseKept(self._model, cuts):
+        model = self._model
+        with masked_units(model, removals), NormaliseKept(model, cuts), StandardiseKept(model, cuts):
             expected = [run() for _, run in runs]
         for (mode, _), before, after in zip(runs, expected, got, strict=True):
             problem = _difference(before, after, cuts)

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lowrank_nn.graph.inputs import call_model, tensors
+from tests.zoo.nfnet import StandardisedConv2d
 
 HEADS = {"num_heads", "n_heads", "heads", "kv_heads"}
 """Attributes that count the heads of an attention module."""
@@ -54,6 +55,8 @@ def zeroed(model, removals):
         owner = model.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, nn.LayerNorm):
             owner.forward = functools.partial(_normalised_without, owner, positions)
+        if isinstance(owner, StandardisedConv2d) and dim == 1:
+            owner.standardised = functools.partial(_standardised_without, owner, positions)
     return model
 
 
@@ -63,6 +66,16 @@ def _normalised_without(norm, gone, x):
     mean = (x * there).sum(-1, keepdim=True) / there.sum()
     variance = ((x - mean).square() * there).sum(-1, keepdim=True) / there.sum()
     return ((x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias) * there
+
+
+def _standardised_without(conv, gone):
+    """Weight standardisation by its formula, over the input channels that are left."""
+    weight = conv.weight
+    there = torch.tensor([float(i not in gone) for i in range(weight.shape[1])], dtype=weight.dtype)[:, None, None]
+    count = there.sum() * weight[0, 0].numel()
+    mean = (weight * there).sum((1, 2, 3), keepdim=True) / count
+    variance = ((weight - mean).square() * there).sum((1, 2, 3), keepdim=True) / count
+    return (weight - mean) / (variance + 1e-6).sqrt() * there * conv.gain * conv.scale
 
 
 @torch.no_grad()

@@ -173,10 +173,10 @@ MIXED = {
         {"norm": nn.LayerNorm(8, elementwise_affine=False)},
         "mixed by layer_norm in norm",
     ),
-    "standardized kernel": (
-        lambda net, a, b: F.conv2d(a, net.kernel - net.kernel.mean((1, 2, 3), keepdim=True)),
+    "kernel scaled by its largest weight": (
+        lambda net, a, b: F.conv2d(a, net.kernel / (net.kernel.abs().amax((1, 2, 3), keepdim=True) + 0.1)),
         {"kernel": parameter(8, 8, 1, 1)},
-        "mixed by mean",
+        "mixed by amax",
     ),
     "linear over channels and space": (
         lambda net, a, b: net.fc(a.flatten(1)[:, None]).unflatten(2, (8, 16)).softmax(1),

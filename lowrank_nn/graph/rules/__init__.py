@@ -12,5 +12,6 @@ from lowrank_nn.graph.rules._call import Planes as Planes
 from lowrank_nn.graph.rules._call import Rule as Rule
 from lowrank_nn.graph.rules._call import full_name as full_name
 from lowrank_nn.graph.rules._call import functions as functions
+from lowrank_nn.graph.rules._call import normal_dims as normal_dims
 from lowrank_nn.graph.rules._call import register_rule as register_rule
 from lowrank_nn.graph.rules._call import short_name as short_name

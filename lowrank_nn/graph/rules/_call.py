@@ -125,8 +125,8 @@ def aligned(labels: Labels, dims: int, first: int | None = None) -> Labels:
 
 
 def normal_dims(dims: Any, count: int) -> list[int]:
-    """Return what torch's ``dim`` argument means: one, several, or all where it is None or empty."""
-    if dims is None or dims == ():
+    """Return what torch's ``dim`` argument means: one, several, or all where it is None, empty or another argument."""
+    if dims is None or dims == () or isinstance(dims, bool):  # x.std(False) is over all
         return list(range(count))
     chosen: Iterable[int] = dims if isinstance(dims, (tuple, list)) else [dims]
     return [dim % max(count, 1) for dim in chosen]

@@ -10,8 +10,13 @@ from typing import Any
 from torch import nn
 
 from lowrank_nn.graph.labels import Labels, merge, mix, split_dim, support
-from lowrank_nn.graph.rules._call import Call, Outcome, Planes, Rule, aligned, normal_dims, rule_for
+from lowrank_nn.graph.rules._call import Call, Outcome, Planes, Rule, aligned, functions, normal_dims, rule_for
 from lowrank_nn.graph.rules.elementwise import elementwise, per_channel
+
+
+def of_parameters(labels: Labels) -> bool:
+    """Whether a tensor is computed of parameters alone: a weight, on its way to where it is used."""
+    return labels.constant == 2
 
 
 def mix_all(call: Call, labels: Labels, dims: Iterable[int]) -> Planes:
@@ -23,12 +28,25 @@ def mix_all(call: Call, labels: Labels, dims: Iterable[int]) -> Planes:
     return [plane for plane in mixed if plane is not None]
 
 
+STATISTICS = frozenset(itertools.chain(*map(functions, ("mean", "var", "std", "var_mean", "std_mean"))))
+"""Statistics of a weight, which may go on being those of what is left of it."""
+
+
+def dims_of(call: Call, position: int = 1, default: Any = None) -> list[int]:
+    """Return the dimensions that an argument ``dim`` names, or ``axis``."""
+    dims = call.argument(position, "dim", call.kwargs.get("axis", default))
+    return normal_dims(dims, len(call.first.shape))
+
+
 def _along(position: int, default: Any = None) -> Rule:
     """Return the rule of functions that mix along the dimensions that an argument ``dim`` names."""
 
     def rule(call: Call) -> Callable[[], list[Planes]]:
         labels, count = call.first, len(call.first.shape)
-        dims = normal_dims(call.argument(position, "dim", call.kwargs.get("axis", default)), count)
+        dims = dims_of(call, position, default)
+        if call.function in STATISTICS and of_parameters(labels):
+            left = [plane for plane in labels.planes if not support(plane) <= set(dims)]
+            labels = dataclasses.replace(labels, planes=tuple(left))
 
         def planes() -> list[Planes]:
             mixed = mix_all(call, labels, dims)
@@ -112,9 +130,14 @@ def local_response_norm(call: Call) -> list[Planes]:
 
 @rule_for("batch_norm")
 def batch_norm(call: Call) -> list[Planes]:
-    """Each channel has its statistics, over the batch and space (also in training)."""
+    """Each channel has its statistics, over the batch and space (also in training).
+
+    Of a weight that is standardised, each filter has, over what it reads; that goes one by one, and what is left is
+    standardised.
+    """
     dims = [dim for dim in range(len(call.first.shape)) if dim != 1]
-    return [per_channel(call, mix_all(call, call.first, dims), _norm_parameters(call))]
+    planes = list(call.first.planes) if of_parameters(call.first) else mix_all(call, call.first, dims)
+    return [per_channel(call, planes, _norm_parameters(call))]
 
 
 @rule_for("instance_norm")
