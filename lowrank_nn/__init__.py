@@ -26,6 +26,7 @@ from lowrank_nn.graph import find_groups as find_groups
 from lowrank_nn.graph import fold_batchnorm as fold_batchnorm
 from lowrank_nn.graph import register_attributes as register_attributes
 from lowrank_nn.graph import register_rule as register_rule
+from lowrank_nn.graph import split_attention as split_attention
 from lowrank_nn.layers import LAYERS as LAYERS
 from lowrank_nn.layers import VBMF as VBMF
 from lowrank_nn.layers import BFloat16Conv2d as BFloat16Conv2d
@@ -52,6 +53,7 @@ from lowrank_nn.layers import QuantLinear as QuantLinear
 from lowrank_nn.layers import RankRule as RankRule
 from lowrank_nn.layers import SpatialSVDConv2d as SpatialSVDConv2d
 from lowrank_nn.layers import SpeedUp as SpeedUp
+from lowrank_nn.layers import SplitMultiheadAttention as SplitMultiheadAttention
 from lowrank_nn.layers import SVDConv2d as SVDConv2d
 from lowrank_nn.layers import SVDLinear as SVDLinear
 from lowrank_nn.layers import TuckerConv2d as TuckerConv2d

@@ -18,4 +18,5 @@ from lowrank_nn.graph.sites import Site as Site
 from lowrank_nn.graph.sites import find_sites as find_sites
 from lowrank_nn.graph.sites import record as record
 from lowrank_nn.graph.special import release_fast_path as release_fast_path
+from lowrank_nn.graph.split import split_attention as split_attention
 from lowrank_nn.graph.swap import replace_module as replace_module

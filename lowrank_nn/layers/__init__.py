@@ -41,6 +41,7 @@ from lowrank_nn.layers.pruned import PrunedLinear as PrunedLinear
 from lowrank_nn.layers.quant import QuantConv2d as QuantConv2d
 from lowrank_nn.layers.quant import QuantLinear as QuantLinear
 from lowrank_nn.layers.spatial import SpatialSVDConv2d as SpatialSVDConv2d
+from lowrank_nn.layers.split_attention import SplitMultiheadAttention as SplitMultiheadAttention
 from lowrank_nn.layers.svd import SVDConv2d as SVDConv2d
 from lowrank_nn.layers.svd import SVDLinear as SVDLinear
 from lowrank_nn.layers.tucker import TuckerConv2d as TuckerConv2d

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
 from lowrank_nn.errors import PlanError, RankError, UnsupportedLayerError
 from lowrank_nn.graph import Site
 from lowrank_nn.layers import CompressedLayer, LowRankLayer, RankRule, layer_cost, read_layer
@@ -137,6 +139,8 @@ def decide_layer(
 
 def refusal(site: Site) -> str:
     """Return why a layer cannot be replaced whatever the class; empty if it can."""
+    if not site.calls and isinstance(site.layer, NonDynamicallyQuantizableLinear):  # torch has no other use for it
+        return "its attention reads its weight and never calls it: pass split_attention(model) for layers instead"
     if not site.calls:
         return "the model never calls it"
     if site.tied_to:

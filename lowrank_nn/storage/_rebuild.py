@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_nn.errors import UnsupportedLayerError
 from lowrank_nn.graph import replace_module
-from lowrank_nn.layers import LAYERS, CompressedLayer
+from lowrank_nn.layers import LAYERS, CompressedLayer, SplitMultiheadAttention
 from lowrank_nn.layers._packed import is_channels_last
 from lowrank_nn.storage._folds import fold_again, folds_norms
 from lowrank_nn.storage._resized import resize_again
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 def rebuild_layers(
     model: nn.Module, structure: Structure, *, fill: bool
 ) -> tuple[nn.Module, dict[str, str], frozenset[str]]:
-    """Put the layers of a file into ``model``, with values not yet loaded, cut its layers to size and fold its norms.
+    """Put the layers of a file into ``model``, with values not yet loaded, split, cut and fold as it says.
 
     Args:
         model: Changed in place.
@@ -33,7 +34,8 @@ def rebuild_layers(
         The root, which is another object where the model itself was replaced; for every layer that does not fit, by
         path, why; and the paths where a layer was replaced. The layers inside one that does not fit are skipped.
     """
-    problems = resize_again(model, structure.resized, structure.shapes())
+    problems = _split_again(model, structure.keys())
+    problems |= resize_again(model, structure.resized, structure.shapes())
     replaced: set[str] = set()
     folds = folds_norms(model, structure.identities)
     for entry in structure.layers:
@@ -52,6 +54,19 @@ def rebuild_layers(
             problems[entry.path] = problem
     problems |= fold_again(model, structure.identities, structure.keys() if folds else ())
     return model, problems, frozenset(replaced)
+
+
+def _split_again(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """Split the attentions whose projections are layers in the file; return by path why one cannot be."""
+    problems = {}
+    layers = {key.rpartition(".q_proj.")[0] for key in keys if ".q_proj." in f".{key}"}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and path in layers:
+            try:
+                SplitMultiheadAttention.split_(module)
+            except UnsupportedLayerError as error:
+                problems[path] = f"is split in the file: {error.message}"
+    return problems
 
 
 def is_inside(path: str, parent: str) -> bool:
