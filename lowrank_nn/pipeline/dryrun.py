@@ -153,7 +153,9 @@ def _above_budget(end: DryRun) -> str:
         f"{name}: {now / max(before, 1e-9):.3g} of the dense model, allowed {share:.3g}"
         for (name, share), now, before in zip(budget.shares().items(), spent, dense, strict=True)
     ]
-    hint = (
-        "Add LowRank(), which works towards the budget" if not any(s.allocates() for s in end.steps) else "Prune more"
-    )
+    hint = "Prune more"
+    if not any(step.allocates() for step in end.steps):
+        hint = "Add LowRank(), which works towards the budget"
+    elif budget.latency is not None:
+        hint = "Leave out steps that save bytes and no time (masks, codebooks, integers without activations='int8')"
     return f"the recipe ends above its budget ({'; '.join(parts)}). {hint}, or allow more."

@@ -68,7 +68,7 @@ def _nearest(start: State, steps: Sequence[Step], asked: float) -> DryRun:
     try:
         return dry_run(start, steps)
     except BudgetError:
-        fastest = dry_run(_with_latency(start, 1.0), steps)  # raises where latency is not what cannot be met
+        fastest = _no_slower(start, steps, asked)
     low, high = asked, 1.0
     for _ in range(_BISECTIONS):
         middle = math.sqrt(low * high)
@@ -77,6 +77,16 @@ def _nearest(start: State, steps: Sequence[Step], asked: float) -> DryRun:
         except BudgetError:
             low = middle
     return fastest
+
+
+def _no_slower(start: State, steps: Sequence[Step], asked: float) -> DryRun:
+    try:
+        return dry_run(_with_latency(start, 1.0), steps)
+    except BudgetError as error:
+        raise BudgetError(
+            f"latency={asked:.3g} cannot be met, nor can the rest of the budget with all the time that the dense model "
+            f"takes (latency=1): {error}"
+        ) from error
 
 
 def _with_latency(start: State, share: float) -> State:

@@ -136,6 +136,7 @@ class State:
 
     def remark(self, path: str, text: str) -> None:
         """Have the report say ``text`` of the layer at ``path``."""
+        text = text.rstrip(".")  # paths follow behind a colon
         self.remarks[text] = (*self.remarks.get(text, ()), path)
 
     def watch(self, items: Iterable[Item], title: str) -> Iterable[Item]:

@@ -6,6 +6,8 @@ import html
 import textwrap
 from typing import TYPE_CHECKING
 
+from lowrank_nn.layers import LAYERS
+
 if TYPE_CHECKING:
     from lowrank_nn.report.report import Report, Row
 
@@ -58,7 +60,8 @@ def count(number: float) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     error = "" if row.error is None else f"{row.error:.3f}"
-    became = row.became if row.replaced else f"{row.was} (dense)"
+    given_compressed = row.was.split("+")[0] in LAYERS
+    became = row.became if row.replaced or given_compressed else f"{row.was} (dense)"
     before, after = row.before, row.after
     params = (
         count(after.params) if after.nonzeros == after.params else f"{count(after.params)} nz {count(after.nonzeros)}"

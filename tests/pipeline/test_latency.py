@@ -183,6 +183,18 @@ def test_where_nothing_is_faster_the_budget_is_an_error(monkeypatch, net):
         plan(net, latency=0.5)
 
 
+def test_a_recipe_that_ends_slower_than_dense_says_what_was_asked_and_what_to_leave_out(monkeypatch, net):
+    class SlowIntegers(FakeTimer):
+        def call(self, layer, input_shape):
+            integer = isinstance(layer, (lnn.QuantConv2d, lnn.QuantLinear))
+            return (30 if integer else 1) * super().call(layer, input_shape)
+
+    on_a_machine(monkeypatch, SlowIntegers())
+    message = r"latency=0\.9 cannot be met, .* \(latency=1\): .*allowed 1\)\. Leave out .* integers without activations"
+    with pytest.raises(lnn.BudgetError, match=message):
+        plan(net, [lnn.LowRank(formats=MATRICES), lnn.Quantize("int8")], latency=0.9)
+
+
 def test_another_entry_that_cannot_be_met_is_named(net, machine):
     with pytest.raises(lnn.BudgetError, match=r"params=0\.001 \(least possible"):
         plan(net, latency=0.9, params=0.001)

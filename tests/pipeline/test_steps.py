@@ -121,6 +121,14 @@ def test_a_pattern_that_matches_other_kinds_names_them(net, recipe, message):
         run(net, recipe)
 
 
+def test_a_model_compressed_before_is_reported_as_it_is(net):
+    small = run(net, [lnn.Prune(0.3, granularity="filter"), lnn.Quantize("int8", where=["conv2", "fc"])]).model
+    shown = str(run(small, lnn.Prune(0.3, granularity="filter")).report)
+    assert "Conv2d (dense)" in shown
+    assert "QuantConv2d bits=8" in " ".join(shown.split())  # not "(dense)"
+    assert "Remove filters before: " in " ".join(shown.split())
+
+
 def test_but_not_by_the_path_of_the_parent(net):
     small = run(net, [lnn.Apply(lnn.SVDLinear, rank=3), lnn.Quantize(but_not="fc")]).model
     assert kinds(small)["fc.reduce"] == kinds(small)["fc.expand"] == "Linear"
