@@ -4,7 +4,8 @@ A quantized layer that hands its output to other quantized layers would compute 
 bytes again. Instead it can return a :class:`Deferred` tensor: a ``torch.Tensor`` that knows how to compute itself. What
 follows in the user's own code (a ReLU, the addition of a shortcut, a max-pooling) is noted; the next quantized layer
 asks for bytes on its own grid, and one kernel computes all of it. Any other function gets ordinary floats, so a
-deferred tensor is right wherever it goes, and fast where it stays among quantized layers.
+deferred tensor is right wherever it goes, and fast where it stays among quantized layers. A slice is a view: it is
+noted with the tensor that it is of, whose later changes it shows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,21 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lowrank_nn.layers._onednn import Activation
-from lowrank_nn.layers._sources import HARDSWISH, RELU, RELU6, SILU, Floats, Joined, Pooled, Source, Weight, computed
+from lowrank_nn.layers._sources import (
+    HARDSWISH,
+    RELU,
+    RELU6,
+    SILU,
+    Floats,
+    Joined,
+    Moved,
+    Pooled,
+    Source,
+    Weight,
+    computed,
+)
+
+Slices = tuple[slice, ...]
 
 
 class Deferred(Tensor):
@@ -28,27 +43,47 @@ class Deferred(Tensor):
     Quantized layers make it (``chained=True``) and ask it for bytes; to all other code it is an ordinary tensor that
     needs no gradient.
 
-    Attributes:
+    Args:
         source: How it comes about.
+        whole: The tensor that it is a slice of; None where it is none.
+        slices: Which slice.
     """
 
-    source: Source
+    _source: Source
+    _whole: Deferred | None
+    _slices: Slices
 
     @staticmethod
-    def __new__(cls: type[Deferred], source: Source) -> Deferred:
+    def __new__(cls: type[Deferred], source: Source, whole: Deferred | None = None, slices: Slices = ()) -> Deferred:
         """Make a tensor of the source's shape, without memory."""
         new = Tensor._make_wrapper_subclass(cls, source.shape, dtype=torch.float32)
-        new.source = source
+        new._source, new._whole, new._slices = source, whole, slices
         return new
 
+    @property
+    def source(self) -> Source:
+        """How the tensor comes about, with all changes in place so far."""
+        if self._whole is None:
+            return self._source
+        return _sliced(self._whole.source, self._source.shape, self._slices)
+
     def plain(self) -> Tensor:
-        """Return the tensor, computed; the same one at every call."""
-        if not isinstance(self.source, Floats):
-            if self.source.grid is not None:
+        """Return the tensor, computed; at every call the same memory."""
+        if self._whole is not None:
+            return self._whole.plain()[self._slices]
+        if not isinstance(self._source, Floats):
+            if self._source.grid is not None:
                 for makers in _ROUNDED:
-                    makers.update(self.source.makers)
-            self.source = Floats(computed(self.source), self.source.makers)
-        return self.source.tensor
+                    makers.update(self._source.makers)
+            self._source = Floats(computed(self._source), self._source.makers)
+        return self._source.tensor
+
+    def become(self, source: Source) -> Deferred | None:
+        """Change in place; return the tensor, or None for a slice, whose changes show elsewhere too."""
+        if self._whole is not None:
+            return None
+        self._source = source
+        return self
 
     @classmethod
     def __torch_function__(
@@ -106,21 +141,19 @@ def _hardtanh(x: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool
     return None if source is None else _put(x, source, inplace)
 
 
-def _put(x: Deferred, source: Source, in_place: bool) -> Deferred:
-    if not in_place:
-        return Deferred(source)
-    x.source = source
-    return x
+def _put(x: Deferred, source: Source, in_place: bool) -> Deferred | None:
+    return x.become(source) if in_place else Deferred(source)
 
 
 def _addition(*, in_place: bool = False) -> Callable[..., Tensor | None]:
     def note(x: Any, other: Any, **options: Any) -> Tensor | None:
         if options or not (isinstance(x, Deferred) and isinstance(other, Deferred)) or x.source is other.source:
             return None
-        if x.source.shape != other.source.shape:
+        one, two = x.source, other.source
+        if one.shape != two.shape:
             return None
         # What has its bytes already can only be added to what has not.
-        source = x.source.plus(other.source) or other.source.plus(x.source)
+        source = one.plus(two.as_now()) or two.plus(one.as_now())
         return None if source is None else _put(x, source, in_place)
 
     return note
@@ -138,7 +171,7 @@ def _max_pool(
     if min(room) < 0 or any(2 * p > k for p, k in zip(pad, size, strict=True)):
         return None  # the plain function says what is wrong
     size_after = (r // s + 1 for r, s in zip(room, step, strict=True))
-    return Deferred(Pooled(x.source, (*shape[:2], *size_after), size, step, pad))
+    return Deferred(Pooled(x.source.as_now(), (*shape[:2], *size_after), size, step, pad))
 
 
 def _two(value: Any) -> tuple[int, int]:
@@ -157,7 +190,42 @@ def _join(tensors: Any, dim: int = 0) -> Tensor | None:
     if any((t.shape[0], *t.shape[2:]) != (first[0], *first[2:]) for t in tensors):  # symbolic sizes have no hash
         return None
     shape = (first[0], sum(t.shape[1] for t in tensors), *first[2:])
-    return Deferred(Joined([t.source for t in tensors], shape))
+    return Deferred(Joined([t.source.as_now() for t in tensors], shape))
+
+
+def _slice(x: Any, index: Any) -> Tensor | None:
+    shape = x.source.shape
+    slices = index if type(index) is tuple else (index,)
+    if len(shape) != 4 or len(slices) > 4 or not all(type(one) is slice for one in slices):
+        return None
+    sizes = [_length_of(one, length) for one, length in zip(slices, shape, strict=False)]
+    if None in sizes:
+        return None
+    return Deferred(_sliced(x.source, (*sizes, *shape[len(sizes) :]), slices), x, slices)
+
+
+def _length_of(one: slice, length: Any) -> Any:
+    """Return how much a slice leaves of ``length``; None where that is nothing, an error, or left open in an export."""
+    if one == slice(None):
+        return length
+    if type(length) is not int or not all(n is None or type(n) is int for n in (one.start, one.stop, one.step)):
+        return None
+    return len(range(*one.indices(length))) or None if one.step is None or one.step > 0 else None
+
+
+def _sliced(source: Source, shape: tuple[int, ...], slices: Slices) -> Moved:
+    return Moved(source, shape, lambda values, fill: values[slices])
+
+
+def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor | None:
+    shape, amounts = x.source.shape, tuple(pad)
+    if len(shape) != 4 or mode != "constant" or value or not all(type(n) is int and n >= 0 for n in amounts):
+        return None
+    if len(amounts) % 2 or len(amounts) > 8:
+        return None  # the plain function says what is wrong
+    added = [first + last for first, last in zip(amounts[::2], amounts[1::2], strict=True)][::-1]
+    size = (*shape[: 4 - len(added)], *(n + more for n, more in zip(shape[4 - len(added) :], added, strict=True)))
+    return Deferred(Moved(x.source.as_now(), size, lambda values, fill: F.pad(values, amounts, value=fill)))
 
 
 _relu, _relu_ = _activation(RELU), _activation(RELU, in_place=True)
@@ -179,6 +247,8 @@ OTHERS: dict[Any, Callable[..., Tensor | None]] = {
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool),
     F.dropout: _dropout,
     torch.cat: _join,
+    Tensor.__getitem__: _slice,
+    F.pad: _pad,
 }
 """Functions that deferred tensors note, with how; those that return None leave it to the plain function."""
 

@@ -1,9 +1,9 @@
-"""How a tensor that is not computed yet comes about: what kernels compute, add, activate, pool and join."""
+"""How a tensor that is not computed yet comes about: what kernels compute, add, activate, pool, join and move."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,21 +50,25 @@ class Source(abc.ABC):
     Attributes:
         shape: Shape of the tensor.
         channels_last: Memory format in which its floats are wanted.
-        grid: What the bytes stand for; None as long as there are none.
-        makers: Weights of the layers whose output this is, activated, pooled or joined.
+        makers: Weights of the layers whose output this is, activated, pooled, joined or moved.
     """
 
     def __init__(self, shape: tuple[int, ...], channels_last: bool, makers: tuple[Weight, ...]) -> None:
         self.shape, self.channels_last, self.makers = shape, channels_last, makers
-        self.grid: Grid | None = None
+        self._grid: Grid | None = None
         self._codes: Tensor | None = None
+
+    @property
+    def grid(self) -> Grid | None:
+        """What the bytes stand for; None as long as there are none."""
+        return self._grid
 
     def codes(self, grid: Grid) -> Tensor:
         """Return the tensor as bytes on ``grid``; not to be changed in place."""
         if self._codes is None:
-            self._codes, self.grid = self.compute(grid), grid
+            self._codes, self._grid = self.compute(grid), grid
             self.release()
-        if grid == self.grid:
+        if grid == self._grid:
             return self._codes
         return grid.encode(self.values())
 
@@ -72,8 +76,8 @@ class Source(abc.ABC):
         """Return the tensor as new floats. Where there are bytes, what they stand for."""
         if self._codes is None:
             return self.compute(None)
-        assert self.grid is not None
-        return self.grid.decode(self._codes)
+        assert self._grid is not None
+        return self._grid.decode(self._codes)
 
     @abc.abstractmethod
     def compute(self, grid: Grid | None) -> Tensor:
@@ -82,6 +86,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def release(self) -> None:
         """Let go of what was needed to compute: the bytes are there."""
+
+    def as_now(self) -> Source:
+        """Return what stays as it is now, for what is computed of it later."""
+        return self
 
     def activated(self, activation: Activation) -> Source | None:
         """Return this tensor with ``activation`` applied, or None where no kernel does it."""
@@ -206,6 +214,48 @@ class Joined(Source):
         del self._sources
 
 
+class Moved(Source):
+    """Some entries of a tensor, with zeros among them (strided slices, zero padding).
+
+    Args:
+        source: The tensor.
+        shape: Shape afterwards.
+        move: Does it to floats or bytes, and fills up with the number given.
+    """
+
+    def __init__(self, source: Source, shape: tuple[int, ...], move: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__(shape, source.channels_last, source.makers)
+        self._source, self._move = source, move
+
+    @property
+    def grid(self) -> Grid | None:
+        """That of the whole tensor: its bytes are there to be moved."""
+        return self._source.grid if self._codes is None else self._grid
+
+    def compute(self, grid: Grid | None) -> Tensor:
+        """Move the bytes, or the floats."""
+        if grid is None:
+            return self._move(self._source.values(), 0)
+        codes = self._source.codes(grid)
+        if isinstance(grid, PairGrid):
+            return grid.encode(self._move(grid.decode(codes), 0))
+        assert isinstance(grid, CodeGrid)
+        return self._move(codes, grid.zero_point).contiguous(memory_format=torch.channels_last)
+
+    def release(self) -> None:
+        """Let go of the whole tensor."""
+        del self._source
+
+    def as_now(self) -> Source:
+        """Move what stays as it is now."""
+        return self if self._codes is not None else Moved(self._source.as_now(), self.shape, self._move)
+
+    def activated(self, activation: Activation) -> Source | None:
+        """Apply it before, which gives the same: all of them leave 0 as it is."""
+        inner = None if self.grid is not None else self._source.activated(activation)
+        return None if inner is None else Moved(inner, self.shape, self._move)
+
+
 class Floats(Source):
     """An ordinary tensor: one that somebody asked for the floats of, and may have changed since."""
 
@@ -220,6 +270,10 @@ class Floats(Source):
     def values(self) -> Tensor:
         """Return a copy."""
         return self.tensor.clone()
+
+    def as_now(self) -> Source:
+        """Return a copy."""
+        return Floats(self.values(), self.makers)
 
     def compute(self, grid: Grid | None) -> Tensor:
         """As :meth:`codes` or :meth:`values`."""

@@ -12,7 +12,7 @@ from lowrank_nn.graph import call_model
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.layers._deferred import Deferred
 from lowrank_nn.layers._integer import IntegerLayer
-from lowrank_nn.layers._onednn import PackedWeight, is_exact
+from lowrank_nn.layers._onednn import CodeGrid, PackedWeight, is_exact
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.skipif(not is_exact(255, 127), reason="no exact integer kernels on this machine")
@@ -124,6 +124,37 @@ def test_the_factors_of_a_layer_are_chained(cls):
     assert last in chained_in(small)
     (found,), (expected,) = outputs_of(small, x), outputs_of(unchained(small), x)
     assert relative_error(found, expected) < 2e-2
+
+
+class OptionA(nn.Module):
+    """A shortcut without parameters where maps get smaller and channels more."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = conv(4, 8), conv(8, 16, seed=1), conv(16, 16, seed=2)
+        self.one.stride = (2, 2)
+        self.last, self.fc = conv(16, 8, seed=3), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        y = self.two(F.relu(self.one(x)))
+        x = F.relu(F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)) + y)
+        return self.fc(self.last(x).mean((2, 3)))
+
+
+def test_shortcuts_of_option_a_stay_in_bytes_throughout(monkeypatch):
+    x, floats = image(), []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        small = quantized(OptionA(), x)
+    assert chained_in(small) == {"stem", "one", "two", "last"}
+    (found,), (expected,) = outputs_of(small, x), outputs_of(unchained(small), x)
+    assert relative_error(found, expected) < 0.02
+    encode, decode = CodeGrid.encode, CodeGrid.decode
+    monkeypatch.setattr(CodeGrid, "encode", lambda grid, y: (floats.append(y), encode(grid, y))[1])
+    monkeypatch.setattr(CodeGrid, "decode", lambda grid, y: (floats.append(y), decode(grid, y))[1])
+    assert torch.equal(outputs_of(small, x)[0], found)
+    assert [tuple(y.shape) for y in floats] == [x.shape, (2, 8)]  # the image, and what the linear layer is given
 
 
 class TwoOutputs(nn.Module):

@@ -80,6 +80,13 @@ NOTED = {
     "max-pool, then relu": lambda x: F.relu(F.max_pool2d(x, 3, 2)),
     "relu, then max-pool": lambda x: F.max_pool2d(F.relu(x), 2),
     "dropout": nn.Dropout().eval(),
+    "slice": lambda x: x[:, :, ::2, ::2],
+    "slice of few": lambda x: x[:1, 2:-1, 1:9:3],
+    "padded channels": lambda x: F.pad(x, (0, 0, 0, 0, 2, 3)),
+    "padded rows": nn.ZeroPad2d((1, 0, 2, 1)),
+    "slice, padded, with an activation": lambda x: F.relu6(F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4), "constant", 0)),
+    "activation, slice of a slice": lambda x: x.relu()[:, 1:][:, :, ::2],
+    "max-pool of a slice": lambda x: F.max_pool2d(x[:, :, 1::2], 2),
 }
 
 
@@ -100,7 +107,14 @@ FUNCTIONS = {
     "mean": lambda x: x.mean((2, 3)),
     "view": lambda x: x.view(2, -1),
     "flatten": lambda x: torch.flatten(x, 1),
-    "index": lambda x: x[:, 1:3, ::2],
+    "index": lambda x: x[:, 1:3, 0],
+    "ellipsis": lambda x: x[..., ::2],
+    "new dim": lambda x: x[None, :, ::2],
+    "mask": lambda x: x[x > 0],
+    "nothing left": lambda x: x[:, 5:5],
+    "padded with ones": lambda x: F.pad(x, (1, 1, 1, 1), value=1.0),
+    "cropped": lambda x: F.pad(x, (-1, -1)),
+    "mirrored": lambda x: F.pad(x, (1, 1, 1, 1), "reflect"),
     "plus number": lambda x: 1 - x,
     "plus plain": lambda x: x + torch.ones(2, 8, 12, 10),
     "plain plus": lambda x: torch.ones(8, 1, 1).add(x),
@@ -181,6 +195,72 @@ def test_what_was_noted_before_a_change_in_place_stays():
     torch.testing.assert_close(sum_of + 0, other.plain() + plain)
     torch.testing.assert_close(activated + 0, plain.relu())
     torch.testing.assert_close(later + 0, -3 * plain)
+
+
+def test_slices_and_padding_move_the_bytes_that_are_there():
+    later, _ = deferred_and_plain()
+    y = F.relu(later)
+    codes = y.source.codes(GRID).numpy()
+    moved = F.pad(y[:, :, ::2, 1::2], (0, 0, 0, 0, 3, 1))
+    expected = np.pad(codes[:, :, ::2, 1::2], ((0, 0), (3, 1), (0, 0), (0, 0)), constant_values=GRID.zero_point)
+    assert moved.source.grid == GRID
+    np.testing.assert_array_equal(moved.source.codes(GRID), expected)
+    np.testing.assert_allclose(moved.plain(), (expected - 40.0) * 0.05, rtol=1e-6)
+
+
+def test_slices_show_later_changes_and_changes_of_slices_show():
+    (later, plain), expected = deferred_and_plain(), deferred_and_plain()[1].clone()
+    part = later[:, :, ::2]
+    later.relu_()  # noted
+    torch.testing.assert_close(part + 0, plain.relu()[:, :, ::2])
+    later.mul_(2)  # not noted
+    expected = 2 * plain.relu()
+    assert_bytes(part, expected[:, :, ::2])
+    part.sub_(3)
+    expected[:, :, ::2] -= 3
+    torch.testing.assert_close(later + 0, expected)
+    F.relu_(part)
+    expected[:, :, ::2].relu_()
+    torch.testing.assert_close(later + 0, expected)
+    other, plain = deferred_and_plain()
+    part = other[:, :, ::2]
+    part.relu_()
+    plain[:, :, ::2].relu_()
+    assert_bytes(other, plain)
+
+
+@pytest.mark.parametrize("use", [lambda x: F.pad(x, (1, 1, 0, 0)), lambda x: F.max_pool2d(x, 2), lambda x: x.clone()])
+def test_what_was_computed_of_a_slice_does_not_change_with_it(use):
+    later, plain = deferred_and_plain()
+    result = use(later[:, :4])
+    later.mul_(-1)
+    torch.testing.assert_close(result + 0, use(plain[:, :4]))
+    result = use(later[:, :4])
+    later.mul_(-1)
+    torch.testing.assert_close(result + 0, use(-plain[:, :4]))
+
+
+def test_a_sum_with_floats_does_not_change_with_them():
+    (y, plain), (shortcut, other) = deferred_and_plain(), deferred_and_plain(seed=5)
+    shortcut.mul_(2)
+    total, joined = y + shortcut, torch.cat([y, shortcut], 1)
+    shortcut.zero_()
+    torch.testing.assert_close(total + 0, plain + 2 * other)
+    torch.testing.assert_close(joined + 0, torch.cat([plain, 2 * other], 1))
+
+
+def test_a_shortcut_of_option_a_is_added_in_integers():
+    def shortened(x):
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+
+    (y, plain), (shortcut, other) = deferred_and_plain(out_channels=12, stride=2), deferred_and_plain(seed=5)
+    beside = CodeGrid(0.03, 100, 255)
+    shortcut = shortcut.relu()
+    rounded = (codes_of(other.relu(), beside) - 100) * 0.03
+    assert_bytes(shortcut, other.relu(), beside)  # another layer has asked for it
+    total = F.relu(shortened(shortcut) + y)
+    assert type(total) is Deferred
+    assert_bytes(total, F.relu(plain + shortened(rounded)), ties=2e-2)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -125,6 +125,22 @@ class Joined(nn.Module):
         return self.fc(self.last(x).relu().mean((2, 3)))
 
 
+class OptionA(nn.Module):
+    """Shortcuts without parameters where maps get smaller and channels more, as in ResNets for CIFAR."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = conv(3, 8), conv(8, 16, stride=2), conv(16, 16)
+        self.three, self.four, self.fc = conv(16, 32, stride=2), conv(32, 32), nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        y = self.two(F.relu(self.one(x)))
+        x = F.relu(F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4), "constant", 0) + y)
+        y = self.four(F.relu(self.three(x)))
+        return self.fc(F.relu(y + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8))).mean((2, 3)))
+
+
 class Inverted(nn.Module):
     """A MobileNet's block: depthwise convolutions, a shortcut without activation behind it, other activations."""
 
@@ -175,6 +191,7 @@ def started(model, x, folder):
 
 NETS = {
     "residual": (Residual, {"QLinearConv": 5, "QLinearAdd": 1, "QGemm": 1}),
+    "option a": (OptionA, {"QLinearConv": 5, "QLinearAdd": 1, "QGemm": 1, "Pad": 2}),
     "joined": (Joined, {"QLinearConv": 4, "Concat": 2, "QGemm": 1, "Relu": 1}),
     "inverted": (Inverted, {"QLinearConv": 5, "QLinearAdd": 1, "QGemm": 1}),
     "dense": (Dense, {"QGemm": 3}),
