@@ -186,3 +186,19 @@ def test_the_report_of_a_model_that_is_not_split_says_what_to_do():
     report = lnn.plan(attentive(), batch(), [lnn.Apply(lnn.SVDLinear, rank=2)])
     (reason,) = (reason for reason, paths in report.left.items() if "first.out_proj" in paths)
     assert "never calls it: pass split_attention(model)" in reason
+
+
+def test_decoders_attend_to_an_encoder_and_to_the_past():
+    torch.manual_seed(0)
+    model = nn.Transformer(16, 4, 1, 2, 32, dropout=0.0, batch_first=True).eval()
+    source, target = torch.randn(2, 7, 16), torch.randn(2, 5, 16)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    split = lnn.split_attention(model)
+    for module in (model, split):
+        module.train()  # where torch uses no fused kernel either
+    got, expected = (net(source, target, tgt_mask=mask, tgt_is_causal=True) for net in (split, model))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    inputs = {"src": source, "tgt": target, "tgt_mask": mask}
+    result = lnn.compress_model(split, inputs, [lnn.LowRank()], budget=lnn.Budget(params=0.6), calibration=[inputs])
+    replaced = {row.path for row in result.report.rows if row.replaced}
+    assert {f"decoder.layers.{i}.multihead_attn.{name}" for i in (0, 1) for name in PROJECTIONS} & replaced
