@@ -6,37 +6,25 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_nn.errors import PlanError
 from lowrank_nn.graph.inputs import doubled, tensors
 from lowrank_nn.graph.labels import Labels, support
+from lowrank_nn.graph.parametrized import parametrized
 from lowrank_nn.graph.places import ForwardWatch, OutOfSight
 from lowrank_nn.graph.preserve import evaluating
-from lowrank_nn.graph.rules import RULES, Call, Planes, Rule, full_name, functions, short_name
+from lowrank_nn.graph.rules import RULES, Call, Planes, Rule, full_name, short_name
 from lowrank_nn.graph.sites import refuse_opaque, run_model
 from lowrank_nn.graph.sizes import traced_sizes
+from lowrank_nn.graph.torch_functions import LOOKS, python_body
 from lowrank_nn.graph.units import IN, OUT, Units
-
-LOOKED_AT = """
-    shape dtype device ndim is_cuda is_cpu is_mps is_meta is_sparse is_quantized is_mkldnn is_nested layout is_leaf
-    requires_grad grad_fn itemsize nbytes output_nr _version size dim numel nelement ndimension __len__ stride
-    is_floating_point is_complex is_signed element_size is_contiguous data_ptr storage_offset untyped_storage
-    get_device is_inference is_same_size is_pinned is_shared is_coalesced __repr__ __format__ __hash__ is_set_to is_neg
-    is_conj _is_view result_type _assert
-"""
-
-LOOKS = frozenset(function for name in LOOKED_AT.split() for function in functions(name))
-"""Functions that look at a tensor's form, not at its values (or that print it)."""
-
 
 _Result = TypeVar("_Result")
 
@@ -105,7 +93,7 @@ class _Follower(ForwardWatch):
         super().__init__()
         self.units = Units()
         self._names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
-        self._refusals = dict(_refusals(model))
+        self._refusals = dict(parametrized(model))
         self._refused_parameters = {
             id(parameter): reason
             for path, reason in self._refusals.items()
@@ -166,9 +154,9 @@ class _Follower(ForwardWatch):
         if self.hidden or func in LOOKS:
             return self.hide(func, *args, **kwargs)
         rule = RULES.get(func) or RULES.get(getattr(func, "overloadpacket", func))
-        if rule is None and (inside := _inside(func)) is not None:
+        if rule is None and (body := python_body(func)) is not None:
             with self:
-                return inside(*args, **kwargs)
+                return body(*args, **kwargs)
         return self.hide(self._run, rule, func, args, kwargs)
 
     def read(self, tensor: Tensor) -> Labels:
@@ -295,33 +283,6 @@ class _Follower(ForwardWatch):
     def _freeze(self, arguments: Any, reason: str) -> None:
         for tensor in tensors(arguments):
             self.units.freeze(self.read(tensor).ids(), reason)
-
-
-def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the paths of layers whose weights are computed from others, with the reason to leave them alone."""
-    for path, module in model.named_modules():
-        names = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
-        names = [name for name in names if name in ("WeightNorm", "SpectralNorm")]
-        if parametrize.is_parametrized(module):
-            lists = module.parametrizations.values()
-            names += [type(one).__name__.lstrip("_") for several in lists for one in several]
-        if names:
-            yield path, f"{path} is parametrized by {', '.join(names)}: remove that first"
-
-
-@functools.cache
-def _inside(function: Any) -> Callable[..., Any] | None:
-    """Return a function of torch that is written in Python, without the check that would call the mode again."""
-    if not isinstance(function, types.FunctionType) or not function.__module__.startswith("torch"):
-        return None
-    checks = [name for name in function.__globals__ if name.startswith("has_torch_function")]
-    checks = [name for name in function.__code__.co_names if name in checks]
-    if not checks:
-        return None
-    space = {**function.__globals__, **dict.fromkeys(checks, lambda *_: False)}
-    copy = types.FunctionType(function.__code__, space, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
 
 
 def _version(tensor: Tensor) -> int:

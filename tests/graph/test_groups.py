@@ -1,20 +1,17 @@
 """Channel groups of whole models, also of hostile ones."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_nn import SVDConv2d, TuckerConv2d
-from lowrank_nn.errors import OptionError, PlanError, UnsupportedLayerError
-from lowrank_nn.graph import ChannelGroup, find_groups, register_rule
+from lowrank_nn.errors import PlanError
+from lowrank_nn.graph import ChannelGroup, find_groups
 from lowrank_nn.graph.inputs import map_tensors
-from lowrank_nn.graph.rules import RULES
 from tests.graph.removal import assert_removable
 from tests.graph.test_rules import settled
 from tests.zoo import ZOO
@@ -52,70 +49,6 @@ def test_zoo(name):
     assert_removable(model, double, simple)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
-
-
-class Attention(nn.Module):
-    """Self-attention in one of many spellings; ``kv_heads`` below ``heads`` share keys and values."""
-
-    def __init__(self, dim, heads, kv_heads, width, fused):
-        super().__init__()
-        self.heads, self.kv_heads, self.width, self.fused = heads, kv_heads, width, fused
-        self.query = nn.Linear(dim, heads * width)
-        self.key, self.value = nn.Linear(dim, kv_heads * width), nn.Linear(dim, kv_heads * width)
-        self.table = nn.Parameter(torch.randn(9, heads))
-        self.register_buffer("index", torch.arange(16).view(4, 4) % 9)
-        self.proj = nn.Linear(heads * width, dim)
-
-    def forward(self, x):
-        split = [
-            layer(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for layer in (self.query, self.key, self.value)
-        ]
-        bias = self.table[self.index.view(-1)].view(4, 4, -1).permute(2, 0, 1)[None]
-        if self.fused == "gqa":
-            out = F.scaled_dot_product_attention(*split, attn_mask=bias, enable_gqa=True)
-        else:
-            q, k, v = split
-            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-            out = ((q @ k.mT) * self.width**-0.5 + bias).softmax(-1) @ v
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-@pytest.mark.parametrize(("kv_heads", "fused"), [(6, "no"), (6, "gqa"), (3, "no"), (3, "gqa")])
-def test_whole_heads_are_removed_with_their_share_of_a_bias_table(kv_heads, fused):
-    model = nn.Sequential(nn.Linear(5, 8), Attention(8, 6, kv_heads, 4, fused), nn.Linear(8, 3))
-    groups = checked(model, torch.randn(2, 4, 5, dtype=torch.float64))
-    assert free(groups) == {"0": 8, "1.query": kv_heads, "1.proj": 8}
-    (heads,) = (group for group in groups if group.name == "1.query")
-    share = 6 // kv_heads
-    counts = {member.name: len(member.positions[0]) for member in heads.members}
-    assert counts == {
-        "1.query.weight": 4 * share, "1.query.bias": 4 * share, "1.key.weight": 4, "1.key.bias": 4,
-        "1.value.weight": 4, "1.value.bias": 4, "1.table": share, "1.proj.weight": 4 * share,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("weights", [True, False])
-def test_heads_of_torchs_attention(weights):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Linear(5, 8)
-            self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
-            self.head = nn.Linear(8, 3)
-
-        def forward(self, x, hidden):
-            x = self.embed(x)
-            return self.head(self.attention(x, x, x, key_padding_mask=hidden, need_weights=weights)[0])
-
-    hidden = torch.tensor([[False, False, False, True], [False, False, True, True]])
-    groups = find_groups(Net(), (torch.randn(2, 4, 5), hidden))
-    heads = next(group for group in groups if group.name == "attention.in_proj_weight")
-    assert not heads.frozen
-    assert [(m.name, m.dim, m.role, m.positions[1]) for m in heads.members] == [
-        ("attention.in_proj_weight", 0, "out", (2, 3, 10, 11, 18, 19)),
-        ("attention.in_proj_bias", 0, "out", (2, 3, 10, 11, 18, 19)),
-        ("attention.out_proj.weight", 1, "in", (2, 3)),
-    ]
 
 
 class Windows(nn.Module):
@@ -280,77 +213,6 @@ def test_tied_embedding():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "old weight_norm", "old spectral_norm"])
-def test_parametrized_weights_are_refused_by_name(kind):
-    wrap = getattr(nn.utils if "old" in kind else parametrizations, kind.removeprefix("old "))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        conv = wrap(nn.Conv2d(6, 6, 1))
-    groups = find_groups(sequential(conv), IMAGE.float())
-    assert not free(groups)
-    name = "WeightNorm" if "weight" in kind else "SpectralNorm"
-    assert all(f"1 is parametrized by {name}" in group.frozen for group in groups if group.name[0] in "01")
-    assert {group.name.split(".")[0] for group in groups} == {"0", "1", "4"}
-
-
-def test_pruning_masks_of_torch_are_followed():
-    model = sequential(nn.Conv2d(6, 6, 1))
-    prune.l1_unstructured(model[1], "weight", amount=0.5)
-    groups = find_groups(model, IMAGE.float())
-    assert free(groups) == {"0": 6, "1.weight_orig": 6}
-    assert ("1.weight_mask", 1) in {(member.name, member.dim) for member in groups[0].members}
-
-
-def scripted(build):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scripting is deprecated, but users have scripted code
-        return torch.jit.script(build)
-
-
-def twice(x: torch.Tensor) -> torch.Tensor:
-    return x * 2 + 1
-
-
-def test_code_that_cannot_be_watched_is_a_barrier():
-    groups = find_groups(sequential(Call(scripted(twice))), IMAGE.float())
-    assert groups[0].frozen == "used by code that cannot be watched, in 1"
-
-
-@pytest.mark.parametrize("function", [torch.vmap(torch.relu), torch.func.grad(lambda x: x.sin().sum())])
-def test_transforms_of_functions_are_barriers(function):
-    groups = find_groups(sequential(Call(function)), IMAGE.float())
-    assert groups[0].frozen == "goes into torch.func, in 1"
-
-
-def test_memory_shared_with_numpy_is_a_barrier():
-    groups = find_groups(sequential(Call(lambda x: torch.from_numpy(x.numpy()) + x)), IMAGE.float())
-    assert groups[0].frozen == "no rule for torch.Tensor.numpy, called in 1"
-
-
-@torch.library.custom_op("lowrank_nn_tests::gate", mutates_args=())
-def gate(x: torch.Tensor) -> torch.Tensor:
-    return x * x.sigmoid()
-
-
-def test_rules_for_operators_of_the_users_own(monkeypatch):
-    operator = torch.ops.lowrank_nn_tests.gate
-    monkeypatch.setitem(RULES, operator, None)  # taken out again afterwards
-    model = settled(sequential(Call(lambda x: gate(x))))
-    assert find_groups(model, IMAGE)[0].frozen == "no rule for lowrank_nn_tests.gate.default, called in 1"
-    register_rule(operator, like=torch.relu)
-    assert free(checked(model, IMAGE)) == {"0": 6}
-    register_rule(operator, lambda call: None)
-    assert find_groups(model, IMAGE)[0].frozen.startswith("no rule for")
-    register_rule(operator, lambda call: call.no_such_thing)
-    assert find_groups(model, IMAGE)[0].frozen.startswith("no rule for")
-
-
-@pytest.mark.parametrize("arguments", [{}, {"rule": lambda call: [[]], "like": torch.relu}, {"like": torch.fft.rfft}])
-def test_bad_registrations(arguments):
-    with pytest.raises(OptionError, match="register_rule"):
-        register_rule(gate, **arguments)
-
-
 def test_a_group_prints_what_it_removes():
     (group, _) = find_groups(sequential(nn.BatchNorm2d(6)), IMAGE.float())
     assert str(group).splitlines() == [
@@ -372,11 +234,9 @@ def test_a_part_that_must_stay_is_a_group_of_its_own():
     assert [(group.name, group.size, bool(group.frozen)) for group in groups] == [("0", 3, True), ("4", 4, True)]
 
 
-def test_errors():
+def test_a_forward_that_fails():
     with pytest.raises(PlanError, match="the forward failed"):
         find_groups(sequential(), torch.randn(2, 5, 8, 8))
-    with pytest.raises(UnsupportedLayerError, match="compiled or scripted"):
-        find_groups(scripted(nn.ReLU()), IMAGE)
 
 
 def test_nothing_is_left_behind():

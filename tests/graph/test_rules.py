@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowrank_nn.graph import find_groups
-from lowrank_nn.graph.follow import LOOKED_AT
 from lowrank_nn.graph.rules import functions
 from lowrank_nn.graph.rules.elementwise import ELEMENTWISE
+from lowrank_nn.graph.torch_functions import LOOKED_AT
 from tests.graph.removal import assert_removable
 
 X = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
