@@ -6,6 +6,8 @@ error through :meth:`LowRankError.at` with the module's dotted path in front.
 
 from __future__ import annotations
 
+import numbers
+
 from typing_extensions import Self
 
 
@@ -64,6 +66,11 @@ class MissingExtraError(LowRankError, ImportError):
 
 class FileFormatError(LowRankError, ValueError):
     """A file that is damaged, or does not fit the model it is loaded into."""
+
+
+def is_share(value: object) -> bool:
+    """Whether ``value`` is a number above 0 and at most 1."""
+    return isinstance(value, numbers.Real) and 0 < float(value) <= 1
 
 
 def check_whole_number(what: str, value: object, least: int, most: int | None = None) -> int:

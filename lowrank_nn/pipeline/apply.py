@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lowrank_nn.errors import PlanError, RankError, UnsupportedLayerError
 from lowrank_nn.graph import Site
-from lowrank_nn.layers import CompressedLayer, LowRankLayer, RankRule, layer_cost, read_layer
+from lowrank_nn.layers import LAYERS, CompressedLayer, LowRankLayer, RankRule, layer_cost, read_layer
 from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State, Step, build
 
@@ -29,7 +29,7 @@ class Apply(Step):
         **options: Options of the class's ``from_pretrained_layer``, such as ``rank=(16, 16)``.
 
     Raises:
-        PlanError: An option is unknown to the class, or one that it needs is missing.
+        PlanError: It is no such class, an option is unknown to the class, or one that it needs is missing.
     """
 
     def __init__(
@@ -41,9 +41,14 @@ class Apply(Step):
         strict: bool = False,
         **options: Any,
     ) -> None:
-        self.layer_classes = tuple(layer_class) if isinstance(layer_class, Sequence) else (layer_class,)
+        self.layer_classes = tuple(layer_class) if isinstance(layer_class, (list, tuple)) else (layer_class,)
         self.where, self.but_not, self.strict, self.options = where, but_not, strict, options
         for cls in self.layer_classes:
+            if not (isinstance(cls, type) and issubclass(cls, CompressedLayer)):
+                raise PlanError(
+                    f"Apply: expected a class of compressed layers, or several, got {cls!r}. There are: "
+                    f"{', '.join(LAYERS)}."
+                )
             check_options(cls, options)
 
     def __repr__(self) -> str:
@@ -146,6 +151,13 @@ def refusal(site: Site) -> str:
     if site.tied_to:
         return f"its weight is shared with {', '.join(site.tied_to)}"
     return ""
+
+
+def without_compressed_form(site: Site) -> bool:
+    """Whether a layer multiplies by a weight and is of a kind that no class of this library replaces."""
+    kinds: tuple[type, ...] = (CompressedLayer, *(cls.replaces for cls in LAYERS.values()))
+    weights = [p for p in site.layer.parameters(recurse=False) if p.dim() >= 2]
+    return site.inside is None and bool(weights) and not isinstance(site.layer, kinds)
 
 
 def check_options(cls: type[CompressedLayer], options: dict[str, Any]) -> None:

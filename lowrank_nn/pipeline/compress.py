@@ -62,13 +62,12 @@ def plan(
         PlanError: The recipe or the budget cannot be carried out on this model.
         CalibrationError: A step needs calibration data and there are none.
     """
-    steps = read_recipe(recipe)
+    start, steps = _start(model, example_inputs, budget, calibration, seed, progress), read_recipe(recipe)
     if budget is not None and budget.accuracy_drop is not None:
         raise PlanError(
             "plan: a budget of accuracy_drop needs models compressed and evaluated, which compress_model does. Plan "
             "with a share, such as Budget(params=0.3)."
         )
-    start = _start(model, example_inputs, budget, calibration, seed, progress)
     with preserved_random_state(seed):
         return _plan_report(start, dry_run_in_time(start, steps))
 
@@ -148,7 +147,12 @@ def sweep(
         LowRankError: Whatever :func:`compress_model` raises, when a budget's turn comes.
     """
     start, steps = _start(model, example_inputs, None, calibration, seed, progress), read_recipe(recipe)
+    if not isinstance(budgets, Iterable):
+        raise PlanError(
+            f"sweep: budgets must be several, such as [Budget(params=0.5), Budget(params=0.3)], got {budgets}."
+        )
     for budget in budgets:
+        _check_budget(budget)
         yield _compress_and_time(dataclasses.replace(start, budget=budget, remarks={}), steps, measure_speed)
 
 
@@ -161,10 +165,16 @@ def _start(
     progress: bool,
 ) -> State:
     """Return the state that a recipe starts from."""
+    _check_budget(budget)
     calibration = read_calibration(calibration, example_inputs)  # several steps may go through it
     with preserved_random_state(seed):
         original = record(model, example_inputs)
     return State(model, model, original, example_inputs, calibration, budget, seed=seed, progress=progress)
+
+
+def _check_budget(budget: Any) -> None:
+    if not (budget is None or isinstance(budget, Budget)):
+        raise PlanError(f"budget must be a Budget, such as Budget(params=0.3), got {budget!r}.")
 
 
 def _compress_and_time(start: State, steps: list[Step], measure_speed: bool) -> Result:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from lowrank_nn.errors import BudgetError
 from lowrank_nn.graph import Recording
 from lowrank_nn.graph.derive import meta_copy
-from lowrank_nn.layers import LAYERS, LowRankLayer
+from lowrank_nn.layers import LowRankLayer
+from lowrank_nn.pipeline.apply import without_compressed_form
 from lowrank_nn.pipeline.filters import FilterDecision
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning import LayerChoices
@@ -73,13 +74,12 @@ class DryRun:
                     reason = f"{type(step).__name__}: {decision.note.rstrip('.')}"
                     reasons.setdefault(reason, []).append(decision.path)
         touched |= {decision.path for decisions in self.decisions for decision in decisions}
-        kinds = tuple(cls.replaces for cls in LAYERS.values())
         for site in dense.sites:
             weights = [p for p in site.layer.parameters(recurse=False) if p.dim() >= 2]
             if site.inside is None and site.path not in touched and weights:
-                known = isinstance(site.layer, kinds)
-                name = type(site.layer).__name__
-                reason = "no step of the recipe asked for them" if known else f"{name} has no compressed form"
+                reason = "no step of the recipe asked for them"
+                if without_compressed_form(site):
+                    reason = f"{type(site.layer).__name__} has no compressed form"
                 reasons.setdefault(reason, []).append(site.path)
         return {reason: tuple(dict.fromkeys(paths)) for reason, paths in reasons.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from lowrank_nn.cost import Cost
 from lowrank_nn.errors import BudgetError, OptionError, PlanError, check_whole_number
 from lowrank_nn.graph import Site
 from lowrank_nn.layers import LAYERS, LowRankLayer, RankRule, SVDConv2d, SVDLinear, TuckerConv2d
-from lowrank_nn.pipeline.apply import class_for, decide_layer, matching, refusal
+from lowrank_nn.pipeline.apply import class_for, decide_layer, matching, refusal, without_compressed_form
 from lowrank_nn.pipeline.evidence import carry_out, gather_once, uses_data
 from lowrank_nn.pipeline.select import Patterns, strictest
 from lowrank_nn.pipeline.state import Decision, State, Step
@@ -101,7 +101,7 @@ class LowRank(Step):
         self.where, self.but_not, self.rank, self.allocation = where, but_not, rank, allocation
         self.multiple_of = check_whole_number("LowRank: multiple_of", multiple_of, 1)
         self.at_least, self.at_most = checked_shares("at_least", at_least), checked_shares("at_most", at_most)
-        self.formats = None if formats is None else tuple(formats)
+        self.formats = None if formats is None else _low_rank_classes(formats)
         self.data_aware, self.curvature, self.reconstruct = data_aware, curvature, reconstruct
 
     def __repr__(self) -> str:
@@ -223,6 +223,15 @@ class LowRank(Step):
         return (self._classes(), self._rule().candidates, self.multiple_of)
 
 
+def _low_rank_classes(formats: Any) -> tuple[type[LowRankLayer], ...]:
+    classes = tuple(formats) if isinstance(formats, Iterable) else (formats,)
+    wrong = [cls for cls in classes if not (isinstance(cls, type) and issubclass(cls, LowRankLayer))]
+    if wrong:
+        known = ", ".join(name for name, cls in LAYERS.items() if issubclass(cls, LowRankLayer))
+        raise OptionError(f"LowRank: formats must be classes of low-rank layers ({known}), got {wrong[0]!r}.")
+    return classes
+
+
 def _decision(table: SiteCandidates, candidate: Candidate | None) -> Decision:
     every = tuple(table.candidates)
     if candidate is None or candidate.layer_class is None:
@@ -244,6 +253,9 @@ def _cannot_be_met(target: Budget, state: State, fixed: NDArray[np.float64], tab
     for table in tables:
         if not table.candidates:
             stuck.setdefault(table.note, []).append(table.path)
+    for site in state.sites():
+        if without_compressed_form(site):
+            stuck.setdefault(f"{type(site.layer).__name__} has no compressed form", []).append(site.path)
     out_of_reach = "".join(f" It cannot change {', '.join(paths)}: {note}." for note, paths in stuck.items())
     return (
         f"LowRank: the budget {', '.join(parts)} cannot be met with the layers it may change.{out_of_reach} Allow "

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_nn.errors import OptionError, PlanError
+from lowrank_nn.errors import OptionError, PlanError, is_share
 from lowrank_nn.layers import CompressedLayer, PrunedConv2d, PrunedLinear
 from lowrank_nn.layers._masks import GRANULARITIES
 from lowrank_nn.pipeline.apply import decide_layer, matching
@@ -84,7 +84,7 @@ class Prune(Step):
         loss: BatchLoss | None = None,
         reconstruct: bool = True,
     ) -> None:
-        if amount is not None and not 0 < amount < 1:
+        if amount is not None and not (is_share(amount) and amount < 1):
             raise OptionError(f"Prune: amount is a share above 0 and below 1, got {amount!r}.")
         if granularity not in GRANULARITIES:
             raise OptionError(f"Prune: granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")

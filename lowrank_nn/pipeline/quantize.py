@@ -13,6 +13,7 @@ from lowrank_nn.graph import chain_quantized
 from lowrank_nn.layers import BFloat16Conv2d, BFloat16Linear, CompressedLayer, QuantConv2d, QuantLinear
 from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._kernel import obstacle
+from lowrank_nn.layers._observers import OBSERVERS
 from lowrank_nn.layers.bfloat16 import BFloat16Layer, bfloat16_obstacle
 from lowrank_nn.pipeline.apply import decide_layer, matching
 from lowrank_nn.pipeline.bits import share_out_bits
@@ -63,8 +64,8 @@ class Quantize(Step):
         but_not: Shell patterns of the layers to leave as they are.
 
     Raises:
-        OptionError: ``weights`` or ``activations`` is not one of those names, or ``keep_fastest`` is set without
-            ``activations``, or another option with ``"bf16"``.
+        OptionError: ``weights``, ``activations``, ``scheme`` or ``observer`` is not one of those names, or
+            ``keep_fastest`` is set without ``activations``, or another option with ``"bf16"``.
 
     References:
         Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization"; Frantar et al. 2022, "GPTQ:
@@ -100,6 +101,10 @@ class Quantize(Step):
                 "Quantize: keep_fastest=True has no effect without activations: layers of which only the weights are "
                 "integers never run faster. Pass activations='int8' as well."
             )
+        if scheme not in ("symmetric", "affine"):
+            raise OptionError(f"Quantize: scheme must be 'symmetric' or 'affine', got {scheme!r}.")
+        if observer not in OBSERVERS:
+            raise OptionError(f"Quantize: observer must be one of {', '.join(map(repr, OBSERVERS))}, got {observer!r}.")
         self.scheme, self.observer, self.keep_fastest = scheme, observer, keep_fastest
         self.data_aware, self.reconstruct = data_aware, reconstruct
         self.where, self.but_not = where, but_not
@@ -195,13 +200,13 @@ def _obstacle(layer: nn.Module) -> str:
 
 
 def _widths(weights: str | Sequence[str]) -> tuple[int, ...]:
-    names = [weights] if isinstance(weights, str) else list(weights)
+    names = list(weights) if isinstance(weights, Sequence) and not isinstance(weights, str) else [weights]
     if not names:
         raise OptionError("Quantize: weights must name at least one width, 'int2' to 'int8', got none.")
     return tuple(sorted({_bits("weights", name) for name in names}))
 
 
-def _bits(name: str, value: str) -> int:
+def _bits(name: str, value: object) -> int:
     found = re.fullmatch(r"int([2-8])", value) if isinstance(value, str) else None
     if found is None:
         other = " or 'bf16'" if name == "weights" else ""

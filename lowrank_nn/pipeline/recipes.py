@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from lowrank_nn.errors import OptionError, PlanError
 from lowrank_nn.layers import VBMF
@@ -72,7 +73,7 @@ def read_recipe(recipe: Recipe | None) -> list[Step]:
     """
     if recipe is None:
         return [LowRank()]
-    parts = [recipe] if isinstance(recipe, (str, Step)) else list(recipe)
+    parts: list[Any] = list(recipe) if isinstance(recipe, Iterable) and not isinstance(recipe, str) else [recipe]
     steps: list[Step] = []
     for part in parts:
         if isinstance(part, str):
@@ -82,10 +83,15 @@ def read_recipe(recipe: Recipe | None) -> list[Step]:
         elif isinstance(part, Step):
             steps.append(part)
         else:
+            called = f" Call the class: {part.__name__}(...)." if _is_class_of_steps(part) else ""
             raise PlanError(
-                f"recipe: expected steps (LowRank(), Apply(...), Prune(...), Codebook(...), Quantize(...), "
-                f"FineTune(...)) or names of recipes, got {part!r}."
+                "recipe: expected steps, such as LowRank() or Quantize('int8'), or names of recipes, got "
+                f"{part!r}.{called}"
             )
     if not steps:
         raise PlanError("recipe: it has no steps. Leave it out for [LowRank()], or give at least one step.")
     return steps
+
+
+def _is_class_of_steps(part: Any) -> bool:
+    return isinstance(part, type) and issubclass(part, Step)

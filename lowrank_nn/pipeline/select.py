@@ -30,11 +30,11 @@ def select(
         others: The other layers of the model, for messages.
 
     Raises:
-        PlanError: A pattern matches no layer; the message lists the paths there are, and the layers of other kinds that
-            it does match.
+        PlanError: Something is no pattern; or a pattern matches no layer: the message lists the paths there are, and
+            the layers of other kinds that it does match.
     """
     sites = list(sites)
-    wanted, unwanted = ((names,) if isinstance(names, str) else tuple(names) for names in (where, but_not))
+    wanted, unwanted = _patterns("where", where, step), _patterns("but_not", but_not, step)
     for pattern in (*wanted, *unwanted):
         if not any(_matches(site, pattern) for site in sites):
             matched = [f"{site.path} ({type(site.layer).__name__})" for site in others if _matches(site, pattern)]
@@ -68,6 +68,15 @@ def strictest(
         for site in select(sites, pattern, (), step):
             found[site.path] = pick(found.get(site.path, bound), bound)
     return found
+
+
+def _patterns(name: str, patterns: object, step: str) -> tuple[str, ...]:
+    several = (patterns,) if isinstance(patterns, str) else patterns
+    if not (isinstance(several, Sequence) and all(isinstance(pattern, str) for pattern in several)):
+        raise PlanError(
+            f"{step}: {name} must be a pattern on dotted paths such as 'layer1.*', or a list of them, got {patterns!r}."
+        )
+    return tuple(several)
 
 
 def _of_another_kind(matched: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lowrank_nn.cost import Cost
-from lowrank_nn.errors import OptionError
+from lowrank_nn.errors import OptionError, is_share
 
 _SHARES = ("params", "macs", "bytes", "latency")
 
@@ -53,7 +53,7 @@ class Budget:
         if not shares and self.accuracy_drop is None and self.evaluate is None:
             raise OptionError("Budget: give at least one of params, macs, bytes, latency, or accuracy_drop.")
         for name, share in shares.items():
-            if not 0 < share <= 1:
+            if not is_share(share):
                 raise OptionError(
                     f"Budget: {name} is the share of the dense model that may remain, above 0 and at most 1, got "
                     f"{share!r}."

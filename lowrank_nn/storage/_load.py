@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor, nn
 
-from lowrank_nn.errors import FileFormatError
+from lowrank_nn.errors import FileFormatError, OptionError
 from lowrank_nn.graph import release_fast_path
 from lowrank_nn.storage._fit import find_misfits
 from lowrank_nn.storage._open import OpenFile, open_file
@@ -22,9 +22,8 @@ def load(
 
     ``fresh_model`` is an ordinary instance of the architecture that was compressed, with any weights. It is used and
     changed: the compressed layers of the file replace its dense ones, batch norms that were folded go, then all weights
-    are loaded. The whole file is
-    checked before that (structure, shapes, checksums): a :class:`FileFormatError` leaves ``fresh_model`` as it was.
-    Where the model as a whole is one compressed layer, the returned module is another object.
+    are loaded. The whole file is checked before that (structure, shapes, checksums): a :class:`FileFormatError` leaves
+    ``fresh_model`` as it was. Where the model as a whole is one compressed layer, what is returned is another object.
 
     What the file does not say stays as it is in ``fresh_model``: train / eval flags, hooks, non-persistent buffers,
     which tensors are shared, memory formats, and ``requires_grad`` (the tensors of a rebuilt layer take the flags of
@@ -43,8 +42,11 @@ def load(
 
     Raises:
         FileFormatError: The file is damaged or does not fit ``fresh_model``; lists everything that is wrong.
+        OptionError: ``fresh_model`` is no module.
         OSError: The file cannot be read.
     """
+    if not isinstance(fresh_model, nn.Module):
+        raise OptionError(f"load: expected an instance of the architecture, got {fresh_model!r}: load(path, MyNet()).")
     file = open_file(path, "load")
     problems = [f"{key!r} does not match its checksum: the file is damaged." for key in file.damaged()]
     problems += find_misfits(file, fresh_model)

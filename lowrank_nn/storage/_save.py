@@ -45,9 +45,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, coding: Coding = "au
         The bytes written.
 
     Raises:
-        OptionError: ``coding`` is none of these; the model cannot be written (meta tensors, parametrized modules,
-            layers that are not registered, extra state), listing every reason; or the folder does not exist.
+        OptionError: ``coding`` is none of these; ``model`` is no module; it cannot be written (meta tensors,
+            parametrized modules, layers that are not registered, extra state), listing every reason; or the folder does
+            not exist.
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"save: expected an nn.Module, got {model!r}: save(model, path).")
     return write_file(Path(path), _drafted(model, coding))
 
 
