@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_nn.graph import find_links
-from lowrank_nn.graph.fold import last_leaf
+from lowrank_nn.graph.fold import computed_weight, last_leaf
 from lowrank_nn.graph.surgery import Cuts, Removal, cuts_of, named_tensors
 from lowrank_nn.layers import CompressedLayer, LowRankLayer
 from lowrank_nn.pipeline.reconstruct import reconstruct
@@ -31,7 +31,8 @@ def refit_readers(state: State, before: nn.Module, removals: Sequence[Removal]) 
     cuts = cuts_of(removals, named_tensors(before))
     names = [m.name for removal in removals for m in removal.group.members if m.role == "in" and m.name in cuts]
     paths = dict.fromkeys(_treated(before, name) for name in names)
-    fitting = [path for path in paths if isinstance(before.get_submodule(path), (LowRankLayer, nn.Conv2d, nn.Linear))]
+    unfit = {path: why for path in paths if (why := _unfit(before.get_submodule(path)))}
+    fitting = [path for path in paths if path not in unfit]
     notes = reconstruct(
         before,
         state.model,
@@ -42,13 +43,18 @@ def refit_readers(state: State, before: nn.Module, removals: Sequence[Removal]) 
         seed=state.seed,
         progress=state.progress,
     )
-    notes |= {
-        path: "not refitted: it is neither an nn.Conv2d, an nn.Linear nor a low-rank layer"
-        for path in paths
-        if path not in fitting
-    }
+    notes |= {path: f"not refitted: {why}" for path, why in unfit.items()}
     for path, note in notes.items():
         state.remark(path, f"Prune: {note}")
+
+
+def _unfit(layer: nn.Module) -> str:
+    """Return why a layer cannot take another weight; empty where it can."""
+    if isinstance(layer, LowRankLayer):
+        return ""
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return computed_weight(layer)
+    return "it is neither an nn.Conv2d, an nn.Linear nor a low-rank layer"
 
 
 @torch.no_grad()

@@ -115,7 +115,14 @@ class AlongAxis(StandardisedConv2d):
         return weight.permute(0, 3, 1, 2) * self.gain * self.scale
 
 
-@pytest.mark.parametrize("conv", [Flattened, AlongAxis])
+class OfOneScale(StandardisedConv2d):
+    """All filters share their statistics."""
+
+    def standardised(self):
+        return (self.weight - self.weight.mean()) / (self.weight.std(False) + 1e-3) * self.gain
+
+
+@pytest.mark.parametrize("conv", [Flattened, AlongAxis, OfOneScale])
 def test_further_spellings(conv):
     model = make(conv)
     result = lnn.compress_model(model, X, [lnn.Prune(0.3, granularity="filter")], progress=False)

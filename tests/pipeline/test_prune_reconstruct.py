@@ -11,6 +11,7 @@ import lowrank_nn as lnn
 from lowrank_nn.graph.groups import find_groups
 from tests.pipeline.reconstruction import images
 from tests.zoo import ZOO
+from tests.zoo.nfnet import StandardisedConv2d
 
 
 @torch.no_grad()
@@ -139,6 +140,15 @@ def test_a_layer_called_twice_is_left_and_named():
     result = run(model, x, lnn.Prune(0.25, granularity="filter"), calibration=[x])
     (remark,) = (text for text, paths in result.report.remarks.items() if "second" in paths)
     assert "not called exactly once" in remark
+
+
+def test_a_layer_that_computes_with_another_weight_is_left_and_named():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), StandardisedConv2d(8, 4, 3)).eval(), images(16, 3, 8)
+    result = run(model, x, lnn.Prune(0.25, granularity="filter"), calibration=[x])
+    reader = result.model[2].weight
+    assert reader.shape == (4, 6, 3, 3)
+    assert all(any(torch.equal(column, given) for given in model[2].weight.unbind(1)) for column in reader.unbind(1))
+    assert result.report.remarks["Prune: not refitted: StandardisedConv2d overrides forward"] == ("2",)
 
 
 def test_the_given_model_stays_and_the_bits_repeat():
