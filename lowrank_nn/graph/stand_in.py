@@ -37,7 +37,8 @@ def with_numbers(bare: nn.Module, given: nn.Module, *, fit: bool = True) -> nn.M
     """Return a copy of ``bare``, with numbers as far as they are known without data.
 
     Tensors come from ``given`` where it has one of that name and shape, and compressed layers are made anew from the
-    weight that stands in their place there. What is left (the bias of a layer that took up a norm) is zero.
+    weight that stands in their place there. Of what is left, parameters (the bias of a layer that took up a norm) are
+    zero, and buffers (masks, steps between integers) one.
 
     Args:
         bare: The model without numbers: ``given`` after steps of a recipe, on the meta device.
@@ -52,7 +53,7 @@ def with_numbers(bare: nn.Module, given: nn.Module, *, fit: bool = True) -> nn.M
         value = known.get(name)
         if value is None or value.shape != tensor.shape:
             made.add(name)
-            value = torch.zeros_like(tensor, device=device)
+            value = torch.full_like(tensor, not isinstance(tensor, nn.Parameter), device=device)
         filled: Tensor = value.detach().clone()
         if isinstance(tensor, nn.Parameter):
             filled = nn.Parameter(filled, requires_grad=tensor.requires_grad)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_nn.graph import record
+from lowrank_nn.graph import record, replace_module
 from lowrank_nn.graph.derive import meta_copy
-from lowrank_nn.graph.stand_in import stand_in
+from lowrank_nn.graph.stand_in import stand_in, with_numbers
 from lowrank_nn.layers import PrunedConv2d, QuantConv2d, QuantLinear, SVDConv2d, SVDLinear, TuckerConv2d
 from tests.storage.models import seeded
 
@@ -90,3 +90,12 @@ def test_shared_layers_are_replaced_under_all_their_names():
     shared = nn.Linear(6, 6)
     model = stand_in(nn.ModuleDict({"a": shared, "b": shared}), {"a": SVDLinear(6, 6, rank=2, device="meta")})
     assert model["a"] is model["b"]
+
+
+def test_numbers_of_layers_that_were_to_be_measured_are_finite(net):
+    bare = meta_copy(net)
+    for path, kind in (("3", QuantConv2d), ("5", QuantLinear)):
+        layer = kind.from_pretrained_layer(bare[int(path)], bits=8, activation_bits=8, input_range=(-1.0, 1.0))
+        bare = replace_module(bare, path, layer)
+    with torch.no_grad():
+        assert bool(torch.isfinite(with_numbers(bare, net)(X)).all())

@@ -129,6 +129,16 @@ def test_a_model_compressed_before_is_reported_as_it_is(net):
     assert "Remove filters before: " in " ".join(shown.split())
 
 
+def test_filters_behind_integers_go_where_they_can(net):
+    recipe = [lnn.Quantize("int8", activations="int8", where="fc"), lnn.Prune(0.5, granularity="filter")]
+    result = run(net, recipe, calibration=[X])
+    assert result.model.conv1.out_channels == result.model.conv2.in_channels == 4
+    assert result.model.conv2.out_channels == 12
+    assert any(
+        "Remove filters before" in remark and "conv2" in paths for remark, paths in result.report.remarks.items()
+    )
+
+
 def test_but_not_by_the_path_of_the_parent(net):
     small = run(net, [lnn.Apply(lnn.SVDLinear, rank=3), lnn.Quantize(but_not="fc")]).model
     assert kinds(small)["fc.reduce"] == kinds(small)["fc.expand"] == "Linear"
