@@ -46,14 +46,14 @@ def split_attention(model: nn.Module) -> nn.Module:
     uses = uses_of(split)
     for path, attention in attentions.items():
         try:
-            split_one_(attention, uses)
+            _split_one_(attention, uses)
         except UnsupportedLayerError as error:
             logger.warning("split_attention: %s stays: %s", path, error.message)
     release_fast_path(split)
     return split
 
 
-def split_one_(attention: nn.MultiheadAttention, uses: Counter[int]) -> None:
+def _split_one_(attention: nn.MultiheadAttention, uses: Counter[int]) -> None:
     """Split one attention, in place.
 
     Args:

@@ -146,11 +146,11 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_a_file_is_loaded_into_a_model_that_is_not_split(name, tmp_path):
-    model, x = lnn.split_attention(attentive(add_bias_kv=name != "heads")), batch()
+    model, x = lnn.split_attention(attentive(add_bias_kv=True)), batch()
     if RECIPES[name] is not None:
         model = lnn.compress_model(model, x, RECIPES[name], calibration=[x]).model
     lnn.save(model, tmp_path / "net.lrnn")
-    for fresh in (attentive(add_bias_kv=name != "heads"), lnn.split_attention(attentive(add_bias_kv=name != "heads"))):
+    for fresh in (attentive(add_bias_kv=True), lnn.split_attention(attentive(add_bias_kv=True))):
         loaded = lnn.load(tmp_path / "net.lrnn", fresh)
         assert torch.equal(run(loaded, x), run(model, x))
     assert model.first.num_heads == (2 if name == "heads" else 4)
