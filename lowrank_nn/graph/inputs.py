@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
-    """Call ``model`` as its user does.
+    """Call ``model`` as its user does, with copies of the tensors: what a forward does to its inputs, they never see.
 
     Args:
         model: The model.
@@ -21,11 +21,23 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
             arguments; anything else (a tensor, dataclass, namedtuple) is the only argument. A model that takes one
             dict is called with ``(the_dict,)``.
     """
-    if type(example_inputs) in (tuple, list):
-        return model(*example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    return model(example_inputs)
+    inputs = _with_copies(example_inputs, {})
+    if type(inputs) in (tuple, list):
+        return model(*inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(inputs)
+
+
+def _with_copies(value: Any, copies: dict[int, Tensor]) -> Any:
+    """Return a nest of plain containers with copies of its tensors; one that is there twice is so afterwards."""
+    if isinstance(value, Tensor):
+        return copies.setdefault(id(value), value.clone())
+    if type(value) in (tuple, list):
+        return type(value)(_with_copies(item, copies) for item in value)
+    if type(value) is dict:
+        return {key: _with_copies(item, copies) for key, item in value.items()}
+    return value
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lowrank_nn as lnn
-from lowrank_nn.graph.inputs import map_tensors, tensors
+from lowrank_nn.graph.inputs import call_model, map_tensors, tensors
 
 A, B, C = torch.zeros(1), torch.ones(2), torch.ones(3)
 
@@ -72,3 +72,38 @@ def test_outputs_inside_of_objects_keep_their_channels():
     small = lnn.compress_model(Record(), x, lnn.Prune(0.5, granularity="filter"), progress=False).model
     assert small.a.out_features == 8
     assert small(x)[1].logits.shape == (4, 10)
+
+
+class InPlace(nn.Module):
+    def forward(self, x, y, more):
+        x.mul_(2)
+        more["z"].add_(1)
+        return x, x is y, more["z"]
+
+
+def test_what_a_forward_does_to_its_inputs_they_never_see():
+    x, z = torch.ones(2), torch.zeros(3)
+    for inputs in ((x, x, {"z": z}), {"x": x, "y": x, "more": {"z": z}}):
+        doubled, same, added = call_model(InPlace(), inputs)
+        assert same
+        assert doubled.equal(2 * torch.ones(2))
+        assert added.equal(torch.ones(3))
+        assert x.equal(torch.ones(2))
+        assert z.equal(torch.zeros(3))
+
+
+def test_calibration_data_stay_as_they_are():
+    class Normalising(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            x -= 1
+            return self.b(self.a(x).relu())
+
+    x = torch.linspace(-1, 1, 32).reshape(4, 8)
+    before = x.clone()
+    recipe = [lnn.LowRank(formats=[lnn.SVDLinear]), lnn.Quantize("int4", activations="int8")]
+    lnn.compress_model(Normalising(), x, recipe, budget=lnn.Budget(params=0.8), calibration=[x], progress=False)
+    assert x.equal(before)
