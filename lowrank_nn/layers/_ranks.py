@@ -162,6 +162,11 @@ def check_rank(owner: str, rank: object, limit: int, what: str = "rank") -> int:
     Raises:
         RankError: It is not an integer, or outside.
     """
+    if isinstance(rank, RankRule):
+        raise RankError(
+            f"{owner}: {what} must be an integer here, got {rank!r}: a rule looks at a trained weight. Use "
+            "from_pretrained_layer(layer, rank=...), or give a number."
+        )
     if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
         raise RankError(
             f"{owner}: {what} must be an integer or a rank rule (VBMF, Energy, Params, SpeedUp), got {rank!r}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -68,7 +69,7 @@ def plan(
             "plan: a budget of accuracy_drop needs models compressed and evaluated, which compress_model does. Plan "
             "with a share, such as Budget(params=0.3)."
         )
-    with preserved_random_state(seed):
+    with _own_modes(seed):
         return _plan_report(start, dry_run_in_time(start, steps))
 
 
@@ -167,7 +168,7 @@ def _start(
     """Return the state that a recipe starts from."""
     _check_budget(budget)
     calibration = read_calibration(calibration, example_inputs)  # several steps may go through it
-    with preserved_random_state(seed):
+    with _own_modes(seed):
         original = record(model, example_inputs)
     return State(model, model, original, example_inputs, calibration, budget, seed=seed, progress=progress)
 
@@ -177,9 +178,16 @@ def _check_budget(budget: Any) -> None:
         raise PlanError(f"budget must be a Budget, such as Budget(params=0.3), got {budget!r}.")
 
 
+@contextlib.contextmanager
+def _own_modes(seed: int) -> Iterator[None]:
+    """Run a block with random numbers of its own, and with gradients also where the caller has switched them off."""
+    with preserved_random_state(seed), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 def _compress_and_time(start: State, steps: list[Step], measure_speed: bool) -> Result:
     """Carry the recipe out, once or as often as the search for an accuracy takes."""
-    with preserved_random_state(start.seed):
+    with _own_modes(start.seed):
         if start.budget is not None and start.budget.accuracy_drop is not None:
             result = smallest_within(start, steps, lambda state: _compress(state, steps))
         else:

@@ -189,3 +189,16 @@ def test_a_demand_that_no_rank_meets_is_an_error():
 def test_rules_refuse_senseless_values(rule, value, message):
     with pytest.raises(OptionError, match=message):
         rule(value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SVDLinear(30, 40, rank=Params(0.3)),
+        lambda: SVDConv2d(16, 16, 3, rank=VBMF()),
+        lambda: TuckerConv2d(16, 16, 3, rank=(Energy(0.9), 4)),
+    ],
+)
+def test_layers_made_from_scratch_need_numbers(make):
+    with pytest.raises(RankError, match=r"must be an integer here, got .*from_pretrained_layer\(layer, rank=\.\.\.\)"):
+        make()

@@ -203,6 +203,16 @@ def test_same_inputs_same_bits():
     assert any(bits_of(first[key]) != bits_of(value) for key, value in third.model.state_dict().items() if key in first)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_calls_without_gradients_train_all_the_same(mode):
+    recipe = [lnn.Apply(lnn.SVDLinear, where="fc", rank=3), lnn.FineTune([X], epochs=1)]
+    expected, model = compress(make_net(), recipe, budget=None).model.state_dict(), make_net()
+    with mode():
+        small = compress(model, recipe, budget=None).model
+    assert all(bits_of(value) == bits_of(expected[key]) for key, value in small.state_dict().items())
+    small.train()(X).sum().backward()
+
+
 def test_modes_flags_and_hooks_carry_over():
     model, seen = make_net(), []
     handle = model.conv2.register_forward_hook(lambda *_: seen.append("conv2"))
