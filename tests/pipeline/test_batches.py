@@ -13,6 +13,7 @@ import lowrank_nn as lnn
 from lowrank_nn.errors import CalibrationError, TrainingError
 from lowrank_nn.graph import call_model
 from lowrank_nn.pipeline.batches import loader_generators, logits_of, read_calibration, split_batch, to_device
+from lowrank_nn.planning.calibration import model_inputs
 
 X, Z, Y = torch.randn(4, 3), torch.randn(4, 2), torch.arange(4)
 
@@ -74,15 +75,15 @@ def test_inputs_and_targets(batch, example_inputs, args, kwargs, targets):
     assert len(got_args) == len(args)
     for got, expected in zip(got_args, args, strict=True):
         if isinstance(expected, (list, tuple)):
-            assert all(a is b for a, b in zip(got, expected, strict=True))
+            assert all(map(torch.equal, got, expected))
         elif isinstance(expected, Output):
             assert got.loss is expected.loss
         elif isinstance(expected, dict):
-            assert got["a"] is expected["a"]
+            assert got["a"].equal(expected["a"])
         else:
-            assert got is expected
+            assert got.equal(expected)
     assert got_kwargs.keys() == kwargs.keys()
-    assert all(got_kwargs[key] is value for key, value in kwargs.items())
+    assert all(got_kwargs[key].equal(value) for key, value in kwargs.items())
     assert got_targets is targets
 
 
@@ -106,6 +107,35 @@ def test_calibration_is_read_again_and_again(calibration, example_inputs, expect
         assert len(read) == len(expected)
     else:
         assert read is expected
+
+
+@pytest.mark.parametrize(
+    ("model", "example_inputs", "args", "kwargs", "batches"),
+    [
+        (lambda x: None, X, (X,), {}, [X, (X, Y), {"image": X, "label": Y}]),
+        (lambda a, b: None, (X, Z), (X, Z), {}, [(X, Z), (X, Z, Y), ((X, Z), Y)]),
+        (
+            lambda a, b: None,
+            {"a": X, "b": Z},
+            (),
+            {"a": X, "b": Z},
+            [{"a": X, "b": Z}, {"a": X, "b": Z, "labels": Y}, ({"a": X, "b": Z}, Y)],
+        ),
+        (
+            lambda inputs: None,
+            ({"a": X, "b": Z},),
+            ({"a": X, "b": Z},),
+            {},
+            [{"a": X, "b": Z}, {"a": X, "b": Z, "labels": Y}, ({"a": X, "b": Z}, Y)],
+        ),
+    ],
+)
+def test_the_table_of_the_guide(model, example_inputs, args, kwargs, batches):
+    module = nn.Module()
+    module.forward = model
+    for batch, read in zip(batches, read_calibration(batches, example_inputs), strict=True):
+        for inputs in (model_inputs(module, read), split_batch(batch, example_inputs)[0]):
+            assert str(call_model(Catch(), inputs)) == str((args, kwargs))
 
 
 def test_calibration_that_is_no_iterable():
