@@ -140,8 +140,8 @@ class _Trial:
         if not any(torch.isfinite(output).any() for output in seen):
             raise PlanError(
                 f"{type(model).__name__}: the forward returns no finite numbers on example_inputs, so nothing can be "
-                "proven of smaller models. Pass inputs with a batch of at least one, on which it gives numbers: tensors, in "
-                "containers or objects, but not in a generator."
+                "proven of smaller models. Pass inputs with a batch of at least one, on which it gives numbers: "
+                "tensors, in containers or objects, but not in a generator."
             )
 
     def difference(self, removals: Sequence[Removal], runs: Sequence[_Mode]) -> str:
