@@ -38,6 +38,11 @@ _LAYER_NORMS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
     torch.rms_norm: ("input", "normalized_shape", "weight", "eps"),
 }
+_GROUP_NORMS: dict[Callable[..., Any], tuple[str, ...]] = {
+    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
+    torch.group_norm: ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled"),
+}
+_NORMS = _LAYER_NORMS | _GROUP_NORMS
 
 
 _FOLLOWED = frozenset({elementwise, movement, reshape, expansion, batch_norm})
@@ -61,7 +66,7 @@ class NoDropout(TorchFunctionMode):
 
 
 class NormaliseKept(TorchFunctionMode):
-    """Has layer norms leave out the channels that are held at zero, and normalise the others alone."""
+    """Has layer norms, and group norms of one group, normalise the channels alone that are not held at zero."""
 
     def __init__(self, model: nn.Module, cuts: Cuts) -> None:
         super().__init__()
@@ -72,15 +77,19 @@ class NormaliseKept(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one function."""
-        given = {**dict(zip(_LAYER_NORMS.get(func, ()), args, strict=False)), **(kwargs or {})}
+        given = {**dict(zip(_NORMS.get(func, ()), args, strict=False)), **(kwargs or {})}
         dims = self._cuts.get(id(given.get("weight")))
-        if func not in _LAYER_NORMS or not dims:
+        if func not in _NORMS or not dims or given.get("num_groups", 1) != 1:  # of several groups whole ones go
             return func(*args, **(kwargs or {}))
         x, weight = given["input"], given["weight"]
-        inner = {dim + x.dim() - weight.dim(): cut for dim, cut in dims.items()}
+        first = 1 if func in _GROUP_NORMS else x.dim() - weight.dim()
+        inner = {first + dim: cut for dim, cut in dims.items()}
+        given["input"] = cut_tensor(x, inner)
         for name in given.keys() & {"weight", "bias"}:
             given[name] = None if given[name] is None else cut_tensor(given[name], dims)
-        y = func(**{**given, "input": cut_tensor(x, inner), "normalized_shape": given["weight"].shape})
+        if func in _LAYER_NORMS:
+            given["normalized_shape"] = given["weight"].shape
+        y = func(**given)
         for dim, cut in inner.items():
             y = _refilled(y, dim, torch.tensor(cut.kept, device=y.device), cut.size)
         return y

@@ -55,17 +55,24 @@ def zeroed(model, removals):
         owner = model.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, nn.LayerNorm):
             owner.forward = functools.partial(_normalised_without, owner, positions)
+        if isinstance(owner, nn.GroupNorm) and owner.num_groups == 1:
+            owner.forward = functools.partial(_normalised_without, owner, positions)
         if isinstance(owner, StandardisedConv2d) and dim == 1:
             owner.standardised = functools.partial(_standardised_without, owner, positions)
     return model
 
 
 def _normalised_without(norm, gone, x):
-    """Layer normalisation by its formula, over the channels that are left."""
-    there = torch.tensor([float(i not in gone) for i in range(x.shape[-1])], dtype=x.dtype)
-    mean = (x * there).sum(-1, keepdim=True) / there.sum()
-    variance = ((x - mean).square() * there).sum(-1, keepdim=True) / there.sum()
-    return ((x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias) * there
+    """Layer normalisation, or that of one group of channels, by its formula, over the channels that are left."""
+    there = torch.tensor([float(i not in gone) for i in range(len(norm.weight))], dtype=x.dtype)
+    dims, weight, bias = [-1], norm.weight, norm.bias
+    if isinstance(norm, nn.GroupNorm):
+        dims = list(range(1, x.dim()))
+        there, weight, bias = (t.reshape(-1, *(1,) * (x.dim() - 2)) for t in (there, weight, bias))
+    count = there.expand_as(x[:1]).sum(dims, keepdim=True)
+    mean = (x * there).sum(dims, keepdim=True) / count
+    variance = ((x - mean).square() * there).sum(dims, keepdim=True) / count
+    return ((x - mean) / (variance + norm.eps).sqrt() * weight + bias) * there
 
 
 def _standardised_without(conv, gone):
@@ -108,7 +115,7 @@ def _groups_left(path, module, positions):
         return module.groups - (len(blocks) if len(blocks) * size == len(gone) else 0)
     if isinstance(module, nn.GroupNorm):
         size = module.num_channels // module.num_groups
-        return module.num_groups - len(positions.get((f"{path}.weight", 0), ())) // size
+        return max(1, module.num_groups - len(positions.get((f"{path}.weight", 0), ())) // size)
     return getattr(module, "groups", 1)
 
 

@@ -209,6 +209,8 @@ class Normalised(nn.Module):
 
     def forward(self, x):
         x = self.first(x)
+        if isinstance(self.norm, nn.GroupNorm):
+            return self.last(self.norm(x.mT).mT)
         y = torch.layer_norm(x, x.shape[-1:], self.norm.weight * 1) if self.scaled else self.norm(x)
         return self.last(y)
 
@@ -220,7 +222,9 @@ def normalised_groups(norm):
     return ChannelGroup("first", 8, (*members, Member("last.weight", 1, each(8), "in")))
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.RMSNorm(8)], ids=str)
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.RMSNorm(8), nn.GroupNorm(1, 8)], ids=str
+)
 def test_layer_norms_normalise_what_is_left(norm):
     model = seeded(lambda: (Normalised(norm), None))()[0]
     with torch.no_grad():

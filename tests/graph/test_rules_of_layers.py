@@ -33,6 +33,7 @@ LAYERS = {
     "batch norm without affine": (*normed(nn.BatchNorm2d(8, affine=False)), BOTH),
     "instance norm": (*normed(nn.InstanceNorm2d(8, affine=True, track_running_stats=True)), BOTH),
     "group norm": (*normed(nn.GroupNorm(4, 8)), {"a": 4}),
+    "group norm of all": (*normed(nn.GroupNorm(1, 8)), BOTH),
     "group norm of each": (*normed(nn.GroupNorm(8, 8)), BOTH),
     "prelu": (*normed(nn.PReLU(8)), BOTH),
     "prelu with one slope": (*normed(nn.PReLU()), BOTH),

@@ -153,16 +153,18 @@ def _norm_parameters(call: Call) -> list[Labels]:
 
 @rule_for("group_norm")
 def group_norm(call: Call) -> list[Planes]:
-    """A group of channels is normalised as one: it goes as a whole."""
+    """A group of channels is normalised as one: it goes as a whole; a single group as those of a layer norm."""
     groups = call.argument(1, "num_groups")
+    parameters = [call.labels(call.argument(position, name)) for position, name in ((2, "weight"), (3, "bias"))]
     planes = mix_all(call, call.first, range(2, len(call.first.shape)))
+    if groups == 1 and isinstance(call.argument(2, "weight"), nn.Parameter):
+        return [per_channel(call, planes, parameters)]
     size = call.first.shape[1]
     split = [split_dim(plane, 1, size // groups) if plane.shape[1] > 1 else plane.unsqueeze(2) for plane in planes]
     shape = (call.first.shape[0], groups, size // groups, *call.first.shape[2:])
     mixed = mix_all(call, Labels(shape, tuple(split)), [2])
     wide = [plane.expand(-1, -1, size // groups, *plane.shape[3:]) for plane in mixed if plane.shape[1] > 1]
     joined = [*(plane.flatten(1, 2) for plane in wide), *(plane[:, 0] for plane in mixed if plane.shape[1] == 1)]
-    parameters = [call.labels(call.argument(position, name)) for position, name in ((2, "weight"), (3, "bias"))]
     return [per_channel(call, joined, parameters)]
 
 
