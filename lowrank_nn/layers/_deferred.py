@@ -3,9 +3,9 @@
 A quantized layer that hands its output to other quantized layers would compute floats that the next layer rounds to
 bytes again. Instead it can return a :class:`Deferred` tensor: a ``torch.Tensor`` that knows how to compute itself. What
 follows in the user's own code (a ReLU, the addition of a shortcut, a max-pooling) is noted; the next quantized layer
-asks for bytes on its own grid, and one kernel computes all of it. Any other function gets ordinary floats, so a
-deferred tensor is right wherever it goes, and fast where it stays among quantized layers. A slice is a view: it is
-noted with the tensor that it is of, whose later changes it shows.
+says on which grid it wants bytes, and one kernel computes all of it. Any other function gets ordinary floats, and only
+then the layers behind them are computed, so a deferred tensor is right wherever it goes, and fast where it stays among
+quantized layers. A slice is a view: it is noted with the tensor that it is of, whose later changes it shows.
 """
 
 from __future__ import annotations
@@ -20,19 +20,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lowrank_nn.layers._onednn import Activation
-from lowrank_nn.layers._sources import (
-    HARDSWISH,
-    RELU,
-    RELU6,
-    SILU,
-    Floats,
-    Joined,
-    Moved,
-    Pooled,
-    Source,
-    Weight,
-    computed,
-)
+from lowrank_nn.layers._rearranged import Joined, Moved, Pooled
+from lowrank_nn.layers._sources import HARDSWISH, RELU, RELU6, SILU, Floats, Source, Weight, computed
 
 Slices = tuple[slice, ...]
 

@@ -16,7 +16,7 @@ from lowrank_nn.layers._kernel import KERNELS, kernel_for
 from lowrank_nn.layers._onednn import Geometry
 from lowrank_nn.layers._qdq import PairedLayer, exports_pairs
 from lowrank_nn.layers._quant_input import QuantizedInputLayer
-from lowrank_nn.layers._sources import Product
+from lowrank_nn.layers._sources import Given, Product
 
 
 class IntegerLayer(QuantizedInputLayer):
@@ -55,7 +55,7 @@ class IntegerLayer(QuantizedInputLayer):
         """Return the output in a graph that is exported to ONNX: what follows decides where it is rounded."""
         if self.activation_bits != 8 or not exports_pairs(self._input_grid("forward")[0]) or y.device.type != "cpu":
             return y
-        return Deferred(Product(PairedLayer(self.geometry(), self.output_range), y, tuple(y.shape), True))
+        return Deferred(Product(PairedLayer(self.geometry(), self.output_range), Given(y, True), tuple(y.shape), True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         KERNELS.forget(self)  # the tensors are about to be moved or cast

@@ -11,7 +11,7 @@ from lowrank_nn.layers._affine import Grid, unsigned_grid
 from lowrank_nn.layers._deferred import Deferred
 from lowrank_nn.layers._onednn import CodeGrid, PackedWeight, is_exact, sums_fit
 from lowrank_nn.layers._packed import Derived, is_channels_last, may_use_kernel, own_tensors
-from lowrank_nn.layers._sources import Product, computed
+from lowrank_nn.layers._sources import Bytes, Given, Product, computed
 
 if TYPE_CHECKING:
     from lowrank_nn.layers._integer import IntegerLayer
@@ -43,25 +43,26 @@ class Kernel:
         """Compute ``layer`` on ``x``, or return a tensor that can be computed, where the layer is ``chained``."""
         if self._geometry is not None and len(known_shape(x)) == 3:
             return self(layer, x.unsqueeze(0)).squeeze(0)
-        codes, shape, channels_last = self.codes_of(x)
-        return self.output(layer, codes, shape, channels_last)
+        return self.output(layer, self.input_of(x))
 
-    def codes_of(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], bool]:
-        """Return the bytes of a batched input, its shape, and whether it is channels-last."""
+    def input_of(self, x: Tensor) -> Bytes:
+        """Return the bytes of a batched input."""
         if isinstance(x, Deferred):
-            return x.source.codes(self.grid), x.source.shape, x.source.channels_last
+            return x.source.promised(self.grid)
         codes, channels_last = self.grid.encode(x), is_channels_last(x)
         if self._geometry is not None and codes.shape[1] >= _MANY and not channels_last:
             codes = codes.contiguous(memory_format=torch.channels_last)
-        return codes, tuple(x.shape), channels_last
+        return Given(codes, channels_last)
 
-    def output(self, layer: IntegerLayer, codes: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
-        """Return what ``layer`` makes of an input's bytes, of an input of ``shape``."""
-        if self._geometry is None:
-            codes = codes.reshape(-1, codes.shape[-1])
-        if shape != self._input_shape:
-            self._input_shape, self._output_shape = shape, layer.output_shape(shape)
-        product = Product(self.weight, codes, self._output_shape, channels_last or self._channels_last)
+    def product(self, layer: IntegerLayer, input: Bytes) -> Product:
+        """Return what ``layer`` makes of the bytes of an input."""
+        if input.shape != self._input_shape:
+            self._input_shape, self._output_shape = input.shape, layer.output_shape(input.shape)
+        return Product(self.weight, input, self._output_shape, input.channels_last or self._channels_last)
+
+    def output(self, layer: IntegerLayer, input: Bytes) -> Tensor:
+        """Return the output of ``layer`` for the bytes of an input."""
+        product = self.product(layer, input)
         # Who looks at function calls expects to see the layer's result.
         if layer.chained and not torch._C._len_torch_function_stack():
             return Deferred(product)

@@ -85,7 +85,7 @@ class PackedWeight:
         self.grid, self.geometry = grid, geometry
         self._codes = codes.contiguous()
         self._scale = scale.to(torch.float32).expand(len(codes)).contiguous()
-        self._zero = torch.zeros(len(codes), dtype=torch.int32)
+        self._zero = torch.zeros(len(codes), dtype=torch.int32, device="cpu")
         self._bias = _bias_with_zero_point(codes, self._scale, bias, grid)
         self._packed: Tensor | None = None
         if geometry is not None:
@@ -101,14 +101,14 @@ class PackedWeight:
         """Return the activation of scale_x scale_w sum (x - z) w + bias.
 
         Args:
-            codes: Input on this weight's grid, ``(N, I, H, W)``, or ``(N, I)`` for a matrix product.
+            codes: Input on this weight's grid, ``(N, I, H, W)``, or ``(*, I)`` for a matrix product.
             out: Grid of the bytes to return; None for float32.
             activation: What to apply to the sums.
 
         Returns:
             ``(N, O, H', W')`` in channels-last order, or ``(N, O)``.
         """
-        codes = self._padded(codes)
+        codes = codes.reshape(-1, codes.shape[-1]) if self.geometry is None else self._padded(codes)
         name, numbers = activation
         head = (codes, self.grid.scale, 0, self._weight(codes), self._scale, self._zero, self._bias)
         tail = (*_output(out), name, list(numbers), "")
@@ -136,7 +136,8 @@ class PackedWeight:
         return _clipped(y, out)
 
     def _padded(self, codes: Tensor) -> Tensor:
-        if self.geometry is None or self._pads is None:
+        assert self.geometry is not None
+        if self._pads is None:
             return codes
         return pad_and_crop(codes, self._pads, self.geometry.mode, self.grid.zero_point)
 
@@ -200,18 +201,20 @@ def _try_convolution(input_top: int, weight_top: int, groups: int) -> bool:
     shape = (16, 16 // groups, 3, 3)
     weight, x = _extremes(shape, -weight_top, weight_top), _extremes((1, 16, 6, 6), 0, input_top)
     geometry = Geometry((1, 1), (1, 1, 1, 1), (1, 1), groups)
-    found = PackedWeight(weight.to(torch.int8), torch.ones(()), None, _TRIAL, geometry).run(x.to(torch.uint8), None)
+    found = PackedWeight(weight.to(torch.int8), torch.ones((), device="cpu"), None, _TRIAL, geometry).run(
+        x.to(torch.uint8), None
+    )
     return torch.equal(found.double(), torch.conv2d((x - 3).double(), weight.double(), None, 1, 1, 1, groups))
 
 
 def _try_linear(input_top: int, weight_top: int) -> bool:
     weight, x = _extremes((16, 64), -weight_top, weight_top), _extremes((4, 64), 0, input_top)
-    found = PackedWeight(weight.to(torch.int8), torch.ones(()), None, _TRIAL).run(x.to(torch.uint8), None)
+    found = PackedWeight(weight.to(torch.int8), torch.ones((), device="cpu"), None, _TRIAL).run(x.to(torch.uint8), None)
     return torch.equal(found.double(), (x - 3).double() @ weight.double().T)
 
 
 def _extremes(shape: Sequence[int], low: int, high: int) -> Tensor:
     """Return runs of ``high`` with a ``low`` now and then: neighbouring products are large and of one sign."""
-    values = torch.full(tuple(shape), high)
+    values = torch.full(tuple(shape), high, device="cpu")
     values.view(-1)[::7] = low
     return values

@@ -59,6 +59,8 @@ class PairedLayer:
             the next quantized layer reads it; None where it is not known.
     """
 
+    grid = None
+
     def __init__(self, geometry: Geometry | None, output_range: tuple[float, float] | None) -> None:
         self.geometry, self._output_range = geometry, output_range
 
@@ -81,7 +83,7 @@ class PairedLayer:
     def _rounded(self, y: Tensor) -> Tensor:
         if self._output_range is None:
             return y
-        low, high = torch.tensor(self._output_range, dtype=torch.float64)
+        low, high = torch.tensor(self._output_range, dtype=torch.float64, device="cpu")
         scale, zero_point = affine_parameters(low, high, unsigned_grid(8), torch.float32)
         grid = PairGrid(scale, zero_point.to(torch.uint8))
         return grid.decode(grid.encode(y))

@@ -1,25 +1,23 @@
-"""How a tensor that is not computed yet comes about: what kernels compute, add, activate, pool, join and move."""
+"""How a tensor that is not computed yet comes about: what kernels compute, add and activate."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+import copy
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_nn.layers._onednn import NONE, Activation, CodeGrid, Geometry
-from lowrank_nn.layers._qdq import PairGrid
 
 RELU: Activation = ("relu", ())
 RELU6: Activation = ("hardtanh", (0.0, 6.0))
 HARDSWISH: Activation = ("hardswish", ())
 SILU: Activation = ("swish", ())
 
-_MONOTONE = (RELU, RELU6)  # these commute with the maximum
 _UNIT = CodeGrid(1.0, 0, 255)
+_DEEPEST = 64  # tensors that may wait for each other: computing them takes two frames of Python's stack for each
 
 
 class Grid(Protocol):
@@ -36,12 +34,43 @@ class Weight(Protocol):
     """What computes a layer: a ``PackedWeight``, or a ``PairedLayer`` in a graph that is exported."""
 
     geometry: Geometry | None
+    grid: Any
 
     def run(self, codes: Tensor, out: Any, activation: Activation) -> Tensor:
         """Return the activation of the layer's result."""
 
     def run_and_add(self, codes: Tensor, out: Any, added: Tensor, added_grid: Any, activation: Activation) -> Tensor:
         """Return the activation of the sum of the layer's result and ``added``."""
+
+
+class Bytes(Protocol):
+    """What a layer takes: a :class:`Source`, or bytes that are :class:`Given`."""
+
+    shape: tuple[int, ...]
+    channels_last: bool
+    depth: int
+
+    def codes(self, grid: Any) -> Tensor:
+        """Return the bytes, on the layer's grid."""
+
+
+class Given:
+    """Bytes of an ordinary tensor (in a graph that is exported, what stands for them).
+
+    Args:
+        tensor: The bytes.
+        channels_last: Memory format in which the floats of what is computed of them are wanted.
+    """
+
+    depth = 0
+
+    def __init__(self, tensor: Tensor, channels_last: bool) -> None:
+        self.shape, self.channels_last = tuple(tensor.shape), channels_last
+        self._tensor = tensor
+
+    def codes(self, grid: Any) -> Tensor:
+        """Return the bytes."""
+        return self._tensor
 
 
 class Source(abc.ABC):
@@ -51,33 +80,50 @@ class Source(abc.ABC):
         shape: Shape of the tensor.
         channels_last: Memory format in which its floats are wanted.
         makers: Weights of the layers whose output this is, activated, pooled, joined or moved.
+        depth: How many tensors wait for each other to be computed, this one included.
     """
 
-    def __init__(self, shape: tuple[int, ...], channels_last: bool, makers: tuple[Weight, ...]) -> None:
-        self.shape, self.channels_last, self.makers = shape, channels_last, makers
+    def __init__(self, shape: tuple[int, ...], channels_last: bool, makers: tuple[Weight, ...], depth: int) -> None:
+        self.shape, self.channels_last, self.makers, self.depth = shape, channels_last, makers, depth
         self._grid: Grid | None = None
         self._codes: Tensor | None = None
 
     @property
     def grid(self) -> Grid | None:
-        """What the bytes stand for; None as long as there are none."""
+        """What the bytes stand for; None as long as nobody asked for them."""
         return self._grid
+
+    def promised(self, grid: Grid) -> Bytes:
+        """Return what gives the bytes on ``grid`` of the tensor as it is now, whenever they are asked for.
+
+        So layers are computed one right after the other, where the last of them is: the user's forward is faster in
+        one piece than between kernels that push it out of the processor's caches.
+        """
+        self.settle(grid)
+        if self.depth > _DEEPEST:
+            self.codes(grid)
+        return self
+
+    def settle(self, grid: Grid) -> None:
+        """Say that the bytes on ``grid`` are wanted; who says so first decides what the bytes stand for."""
+        if self._grid is None:
+            self._grid = grid
 
     def codes(self, grid: Grid) -> Tensor:
         """Return the tensor as bytes on ``grid``; not to be changed in place."""
+        self.settle(grid)
         if self._codes is None:
-            self._codes, self._grid = self.compute(grid), grid
+            self._codes, self.depth = self.compute(self._grid), 0
             self.release()
         if grid == self._grid:
             return self._codes
         return grid.encode(self.values())
 
     def values(self) -> Tensor:
-        """Return the tensor as new floats. Where there are bytes, what they stand for."""
-        if self._codes is None:
+        """Return the tensor as new floats. Where bytes were asked for, what they stand for."""
+        if self._grid is None:
             return self.compute(None)
-        assert self._grid is not None
-        return self._grid.decode(self._codes)
+        return self._grid.decode(self.codes(self._grid))
 
     @abc.abstractmethod
     def compute(self, grid: Grid | None) -> Tensor:
@@ -106,27 +152,37 @@ class Product(Source):
     def __init__(
         self,
         weight: Weight,
-        codes: Tensor,
+        input: Bytes,
         shape: tuple[int, ...],
         channels_last: bool,
         added: Source | None = None,
         activation: Activation = NONE,
     ) -> None:
-        super().__init__(shape, channels_last, (weight,))
-        self._weight, self._input = weight, codes
+        super().__init__(shape, channels_last, (weight,), 1 + max(input.depth, 0 if added is None else added.depth))
+        self._weight, self._input = weight, input
         self._added, self._activation = added, activation
+        self._added_grid: Grid | None = None
+
+    def settle(self, grid: Grid) -> None:
+        """Settle also whether bytes or floats are added: bytes, if somebody asked for those of the tensor added."""
+        if self._grid is None and self._added is not None:
+            self._added_grid = self._added.grid
+            if self._added_grid is None:
+                self._added = copy.copy(self._added)  # whose floats stay, whatever bytes somebody asks for later
+        super().settle(grid)
 
     def compute(self, grid: Grid | None) -> Tensor:
         """Run the kernel."""
+        codes = self._input.codes(self._weight.grid)
         if self._added is None:
-            y = self._weight.run(self._input, grid, self._activation)
+            y = self._weight.run(codes, grid, self._activation)
             # A view of a batch of one would not count as channels-last any more.
             return y if y.shape == self.shape else y.view(self.shape)
-        if grid is not None and self._added.grid is not None:
-            added = self._added.codes(self._added.grid).clone(memory_format=torch.channels_last)
-            return self._weight.run_and_add(self._input, grid, added, self._added.grid, self._activation)
+        if grid is not None and self._added_grid is not None:
+            added = self._added.codes(self._added_grid).clone(memory_format=torch.channels_last)
+            return self._weight.run_and_add(codes, grid, added, self._added_grid, self._activation)
         added = self._added.values().contiguous(memory_format=torch.channels_last)
-        y = self._weight.run_and_add(self._input, None, added, _UNIT, self._activation)
+        y = self._weight.run_and_add(codes, None, added, _UNIT, self._activation)
         return y if grid is None else grid.encode(y)
 
     def release(self) -> None:
@@ -148,120 +204,16 @@ class Product(Source):
         return Product(self._weight, self._input, self.shape, self.channels_last, other)
 
 
-class Pooled(Source):
-    """The largest of each window of a tensor (max-pooling)."""
-
-    def __init__(
-        self,
-        source: Source,
-        shape: tuple[int, ...],
-        size: tuple[int, int],
-        stride: tuple[int, int],
-        pad: tuple[int, int],
-    ) -> None:
-        super().__init__(shape, source.channels_last, source.makers)
-        self._source, self._window = source, (size, stride, pad)
-
-    def compute(self, grid: Grid | None) -> Tensor:
-        """Take the maxima: of bytes, their order is that of the numbers."""
-        if grid is None:
-            return F.max_pool2d(self._source.values(), *self._window)
-        codes = self._source.codes(grid)
-        if isinstance(grid, PairGrid):
-            return grid.encode(F.max_pool2d(grid.decode(codes), *self._window))
-        return _largest(codes, *self._window)
-
-    def release(self) -> None:
-        """Let go of what was pooled."""
-        del self._source
-
-    def activated(self, activation: Activation) -> Source | None:
-        """Apply an increasing function before the maximum, which gives the same."""
-        if self.grid is not None or activation not in _MONOTONE:
-            return None
-        inner = self._source.activated(activation)
-        return None if inner is None else Pooled(inner, self.shape, *self._window)
-
-
-def _largest(codes: Tensor, size: tuple[int, int], stride: tuple[int, int], pad: tuple[int, int]) -> Tensor:
-    """Max-pool bytes: torch's own kernel refuses bytes on maps of more than 255 entries."""
-    if any(pad):
-        codes = F.pad(codes, (pad[1], pad[1], pad[0], pad[0]))  # no byte is below 0
-    for dim in (3, 2):
-        length, step = size[dim - 2], stride[dim - 2]
-        count = (codes.shape[dim] - length) // step + 1
-        shifted = [codes.narrow(dim, first, (count - 1) * step + 1) for first in range(length)]
-        taps = [part[..., ::step] if dim == 3 else part[..., ::step, :] for part in shifted]
-        codes = taps[0]
-        for tap in taps[1:]:
-            codes = torch.maximum(codes, tap)
-    return codes
-
-
-class Joined(Source):
-    """Tensors one after the other along the channels (concatenation)."""
-
-    def __init__(self, sources: Sequence[Source], shape: tuple[int, ...]) -> None:
-        super().__init__(shape, sources[0].channels_last, tuple(maker for s in sources for maker in s.makers))
-        self._sources = tuple(sources)
-
-    def compute(self, grid: Grid | None) -> Tensor:
-        """Join the bytes, or the floats."""
-        return torch.cat([s.values() if grid is None else s.codes(grid) for s in self._sources], 1)
-
-    def release(self) -> None:
-        """Let go of the parts."""
-        del self._sources
-
-
-class Moved(Source):
-    """Some entries of a tensor, with zeros among them (strided slices, zero padding).
-
-    Args:
-        source: The tensor.
-        shape: Shape afterwards.
-        move: Does it to floats or bytes, and fills up with the number given.
-    """
-
-    def __init__(self, source: Source, shape: tuple[int, ...], move: Callable[[Tensor, int], Tensor]) -> None:
-        super().__init__(shape, source.channels_last, source.makers)
-        self._source, self._move = source, move
-
-    @property
-    def grid(self) -> Grid | None:
-        """That of the whole tensor: its bytes are there to be moved."""
-        return self._source.grid if self._codes is None else self._grid
-
-    def compute(self, grid: Grid | None) -> Tensor:
-        """Move the bytes, or the floats."""
-        if grid is None:
-            return self._move(self._source.values(), 0)
-        codes = self._source.codes(grid)
-        if isinstance(grid, PairGrid):
-            return grid.encode(self._move(grid.decode(codes), 0))
-        assert isinstance(grid, CodeGrid)
-        return self._move(codes, grid.zero_point).contiguous(memory_format=torch.channels_last)
-
-    def release(self) -> None:
-        """Let go of the whole tensor."""
-        del self._source
-
-    def as_now(self) -> Source:
-        """Move what stays as it is now."""
-        return self if self._codes is not None else Moved(self._source.as_now(), self.shape, self._move)
-
-    def activated(self, activation: Activation) -> Source | None:
-        """Apply it before, which gives the same: all of them leave 0 as it is."""
-        inner = None if self.grid is not None else self._source.activated(activation)
-        return None if inner is None else Moved(inner, self.shape, self._move)
-
-
 class Floats(Source):
     """An ordinary tensor: one that somebody asked for the floats of, and may have changed since."""
 
     def __init__(self, tensor: Tensor, makers: tuple[Weight, ...]) -> None:
-        super().__init__(tuple(tensor.shape), False, makers)
+        super().__init__(tuple(tensor.shape), False, makers, _DEEPEST)  # what is made of them does not wait
         self.tensor = tensor
+
+    def promised(self, grid: Grid) -> Bytes:
+        """Round the floats as they are now."""
+        return Given(self.codes(grid), self.channels_last)
 
     def codes(self, grid: Grid) -> Tensor:
         """Round the floats as they are now."""

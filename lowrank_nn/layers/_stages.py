@@ -27,17 +27,15 @@ def run_stages(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
         for stage in stages:
             x = stage(x)
         return x
-    codes, shape, channels_last = kernels[0].codes_of(x)
-    for kernel, following in itertools.pairwise(kernels):
-        codes = kernel.weight.run(codes, following.grid)
-        shape = tuple(codes.shape)
-    last = stages[-1]
-    assert isinstance(last, IntegerLayer)
-    return kernels[-1].output(last, codes, shape, channels_last)
+    source = kernels[0][1].input_of(x)
+    for (stage, kernel), (_, following) in itertools.pairwise(kernels):
+        source = kernel.product(stage, source).promised(following.grid)
+    stage, kernel = kernels[-1]
+    return kernel.output(stage, source)
 
 
-def _kernels(stages: Sequence[nn.Module], x: Tensor) -> list[Kernel]:
-    """Return the kernels of ``stages``; none where the layers have to be called."""
+def _kernels(stages: Sequence[nn.Module], x: Tensor) -> list[tuple[IntegerLayer, Kernel]]:
+    """Return ``stages`` with their kernels; none where the layers have to be called."""
     if torch.compiler.is_compiling() or len(known_shape(x)) != 4:
         return []
     if torch._C._len_torch_function_stack() or _has_any_global_hook():  # type: ignore[no-untyped-call]
@@ -49,7 +47,7 @@ def _kernels(stages: Sequence[nn.Module], x: Tensor) -> list[Kernel]:
         kernel = kernel_for(stage, x)
         if kernel is None or not (stage.chained or stage is stages[-1]):
             return []
-        kernels.append(kernel)
+        kernels.append((stage, kernel))
     return kernels
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from lowrank_nn.layers import QuantConv2d, QuantLinear
 from lowrank_nn.layers._deferred import Deferred, rounded_tensors
-from lowrank_nn.layers._onednn import CodeGrid, is_exact
+from lowrank_nn.layers._onednn import CodeGrid, PackedWeight, is_exact
 from lowrank_nn.layers._sources import Floats
 from tests.layers.geometries import dense_conv
 
@@ -325,6 +326,52 @@ def test_layers_take_bytes_over_from_layers():
     head = QuantLinear(6 * 12 * 10, 5, activation_bits=8).eval()
     head.chained = second.chained = True
     assert type(F.relu(head(second(first(x)).flatten(1)))) is Deferred
+
+
+def test_layers_wait_until_floats_are_wanted(monkeypatch):
+    one, other, x = layer(), layer(seed=5, in_channels=8, out_channels=4), randn(2, 4, 12, 10)
+    expected = one(other(one(x).relu()))
+    runs = []
+    run = PackedWeight.run
+    monkeypatch.setattr(PackedWeight, "run", lambda self, *args: (runs.append(self), run(self, *args))[1])
+    one.chained = other.chained = True
+    y = one(other(one(x).relu()))
+    assert not runs
+    assert float((y + 0 - expected).abs().max()) <= 4 * float(one.input_scale)  # of bytes that were half-way
+    assert len(runs) == 3
+    assert runs[0] is runs[2]
+
+
+def test_long_chains_are_computed_in_parts():
+    one = layer(out_channels=4)
+    one.chained = True
+    grid = CodeGrid(float(one.input_scale), int(one.input_zero_point), 255)
+    y = at_once = randn(2, 4, 5, 6)
+    for _ in range(sys.getrecursionlimit() // 2):
+        y, at_once = one(y), one(at_once)
+        at_once.source.codes(grid)
+    assert y.source.depth <= 65
+    assert torch.equal(grid.decode(y.source.codes(grid)), at_once.plain())
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(None, None, 2)])
+def test_what_a_layer_was_given_does_not_change_with_its_input(part):
+    one = layer(seed=5, in_channels=8)
+    later, plain = deferred_and_plain()
+    later.mul_(0.1)
+    expected = one(0.1 * plain[:, :, part])
+    one.chained = True
+    y = one(later[:, :, part])
+    later.zero_()
+    torch.testing.assert_close(y + 0, expected)
+
+
+def test_floats_that_are_added_stay_floats_whoever_asks_for_bytes_later():
+    (y, plain), (shortcut, other) = deferred_and_plain(), deferred_and_plain(seed=5)
+    total = (y + shortcut).relu()
+    total.source.settle(GRID)  # as the next layer does
+    shortcut.source.codes(CodeGrid(0.7, 3, 15))
+    assert_bytes(total, (plain + other).relu())
 
 
 def test_layers_are_simulated_on_a_deferred_tensor_where_they_must_be():
