@@ -132,7 +132,7 @@ class _Trial:
         """Return what adds ``by`` to the biases that compute channels, and makes up for it in those that read them."""
         parts: list[Shift] = []
         for place in channels.computed:
-            bias = torch.zeros(self._weight(place.path).shape[0], dtype=torch.float64)
+            bias = torch.zeros(self._weight(place.path).shape[0], dtype=torch.float64, device="cpu")
             bias[place.positions] = by[:, None]
             parts.append({place.path: bias})
         for place in channels.read:

@@ -165,7 +165,9 @@ def channels_of(group: ChannelGroup) -> Channels:
 
     def places(role: str) -> tuple[Place, ...]:
         weights = [m for m in group.members if m.role == role and m.name.endswith(".weight")]
-        return tuple(Place(m.name.removesuffix(".weight"), m.dim, torch.tensor(m.positions)) for m in weights)
+        return tuple(
+            Place(m.name.removesuffix(".weight"), m.dim, torch.tensor(m.positions, device="cpu")) for m in weights
+        )
 
     return Channels(group.name, group.size, places("out"), places("in"))
 
@@ -212,8 +214,8 @@ class _Trial:
         return _rescaling(self._one_group, channels, s)
 
     def _factors(self, channels: Channels) -> Tensor:
-        powers = torch.randint(*PROBED_POWERS, (channels.size,), generator=self._generator)
-        signs = 2 * torch.randint(2, (channels.size,), generator=self._generator) - 1
+        powers = torch.randint(*PROBED_POWERS, (channels.size,), generator=self._generator, device="cpu")
+        signs = 2 * torch.randint(2, (channels.size,), generator=self._generator, device="cpu") - 1
         return 2.0 ** (signs * powers).double()
 
 
@@ -222,7 +224,9 @@ def _rescaling(one_group: nn.Module, channels: Channels, s: Tensor) -> Rescaling
     parts: list[Rescaling] = []
     for places, factors in ((channels.computed, 1 / s), (channels.read, s)):
         for place in places:
-            factor = torch.ones(one_group.get_parameter(f"{place.path}.weight").shape[place.dim], dtype=torch.float64)
+            factor = torch.ones(
+                one_group.get_parameter(f"{place.path}.weight").shape[place.dim], dtype=torch.float64, device="cpu"
+            )
             factor[place.positions] = factors[:, None]
             parts.append({place.path: {place.dim: factor}})
     return merged(parts)
@@ -235,7 +239,7 @@ def _equal_shares(one_group: nn.Module, found: Sequence[Channels]) -> Rescaling:
     for place in (place for channels in found for place in (*channels.computed, *channels.read)):
         weight = one_group.get_parameter(f"{place.path}.weight").detach()
         peaks[place.path] = weight.abs().reshape(*weight.shape[:2], -1).amax(2).float().cpu()
-    totals = [torch.ones(channels.size, dtype=torch.float64) for channels in found]
+    totals = [torch.ones(channels.size, dtype=torch.float64, device="cpu") for channels in found]
     for _ in range(MAX_SWEEPS):
         change = 0.0
         for channels, total in zip(found, totals, strict=True):

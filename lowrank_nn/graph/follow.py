@@ -132,7 +132,7 @@ class _Follower(ForwardWatch):
             self.run(model, example_inputs)
         except PlanError:  # it may want targets; how far the output depends on what it used is not known
             for source in self.units.sources[known:]:
-                ids = torch.arange(source.first, source.first + source.size)
+                ids = torch.arange(source.first, source.first + source.size, device="cpu")
                 computed = ids[self.units.kinds()[ids] == OUT]
                 self.units.freeze(computed, "computed in train mode only, where the forward failed")
 

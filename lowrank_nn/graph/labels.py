@@ -30,7 +30,9 @@ class Labels:
 
     def ids(self) -> Tensor:
         """Return all ids."""
-        return torch.cat([torch.zeros(1, dtype=torch.int64), *(plane.reshape(-1) for plane in self.planes)])
+        return torch.cat(
+            [torch.zeros(1, dtype=torch.int64, device="cpu"), *(plane.reshape(-1) for plane in self.planes)]
+        )
 
 
 def support(plane: Tensor) -> frozenset[int]:
@@ -253,5 +255,5 @@ def _join(
         own = [plane for i, plane in entry if i == index]
         for plane in own[1:]:
             units.unite(own[0], plane, f"meets what stays in {where}")
-        columns.append(own[0].expand(size) if own else torch.zeros(size, dtype=torch.int64))
+        columns.append(own[0].expand(size) if own else torch.zeros(size, dtype=torch.int64, device="cpu"))
     return torch.cat(columns, dim)

@@ -227,7 +227,7 @@ def _gradients(model: nn.Module, outputs: Sequence[Tensor]) -> dict[str, Tensor]
     if not reached:
         return {}
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(output.shape, generator=generator, dtype=torch.float64) for output in reached]
+    weights = [torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu") for output in reached]
     losses = [(output * w.to(output)).sum().abs() for output, w in zip(reached, weights, strict=True)]
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = torch.autograd.grad(losses, list(trained.values()), allow_unused=True)

@@ -33,8 +33,8 @@ class Units:
         self.sources: list[Source] = []
         self.frozen: list[tuple[Tensor, str]] = []
         self._count = 1
-        self._parent = torch.zeros(1, dtype=torch.int64)
-        self._kind = torch.zeros(1, dtype=torch.int8)
+        self._parent = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self._kind = torch.zeros(1, dtype=torch.int8, device="cpu")
         self._boxes: dict[tuple[tuple[int, ...], bytes], Tensor] = {}
         self._sizes: list[tuple[Attribute, Tensor]] = []
 
@@ -43,12 +43,12 @@ class Units:
         first, self._count = self._count, self._count + size
         if self._count > self._parent.numel():
             longer = 2 * self._count - self._parent.numel()
-            self._parent = torch.cat([self._parent, torch.arange(longer) + self._parent.numel()])
-            self._kind = torch.cat([self._kind, torch.zeros(longer, dtype=torch.int8)])
+            self._parent = torch.cat([self._parent, torch.arange(longer, device="cpu") + self._parent.numel()])
+            self._kind = torch.cat([self._kind, torch.zeros(longer, dtype=torch.int8, device="cpu")])
         if source is not None:
             self.sources.append(Source(*source, first, size))
             self._kind[first : first + size] = THROUGH
-        return torch.arange(first, first + size)
+        return torch.arange(first, first + size, device="cpu")
 
     def mark(self, ids: Tensor, kind: int) -> None:
         """Note that ``ids`` compute (OUT) or read (IN) their units; the former counts where both hold."""
@@ -73,7 +73,7 @@ class Units:
 
     def all_roots(self) -> Tensor:
         """Return the root of every id."""
-        return self.roots(torch.arange(self._count))
+        return self.roots(torch.arange(self._count, device="cpu"))
 
     def unite(self, first: Tensor, second: Tensor, reason: str) -> None:
         """Make ids at the same place (after broadcasting) one; what meets a 0 is frozen for ``reason``."""
@@ -103,7 +103,9 @@ class Units:
         return bool(torch.isin(self.roots(ids), self._frozen_roots()).all())
 
     def _frozen_roots(self) -> Tensor:
-        return self.roots(torch.cat([torch.zeros(1, dtype=torch.int64), *(ids for ids, _ in self.frozen)]))
+        return self.roots(
+            torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *(ids for ids, _ in self.frozen)])
+        )
 
     def reasons(self) -> dict[int, str]:
         """Return by root the first reason why it is frozen."""
@@ -155,7 +157,7 @@ class Units:
         whole = units == 0
         for dim, size in enumerate(box.shape):
             rows = inverse.movedim(dim, 0).reshape(size, -1)
-            pairs = distinct(rows * size + torch.arange(size)[:, None])
+            pairs = distinct(rows * size + torch.arange(size, device="cpu")[:, None])
             slices = torch.bincount(pairs // size, minlength=len(units))
             whole |= counts == slices * rows.shape[1]
         return bool(whole.all())

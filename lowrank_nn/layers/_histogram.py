@@ -33,7 +33,7 @@ class Histogram:
     def __init__(self) -> None:
         self.exponent: int = SMALLEST_EXPONENT
         self.first = 0
-        self.counts = torch.zeros(0, dtype=torch.int64)
+        self.counts = torch.zeros(0, dtype=torch.int64, device="cpu")
         self.zeros = 0
         self._low = self._high = 0.0
 
@@ -67,7 +67,9 @@ class Histogram:
         while last - first >= BINS:
             exponent += 1
             first, last = self._bounds(exponent)
-        counts = torch.zeros(last - first + 1, dtype=torch.int64)
-        old = torch.arange(self.first, self.first + self.counts.numel()) >> min(exponent - self.exponent, 63)
+        counts = torch.zeros(last - first + 1, dtype=torch.int64, device="cpu")
+        old = torch.arange(self.first, self.first + self.counts.numel(), device="cpu") >> min(
+            exponent - self.exponent, 63
+        )
         counts.index_add_(0, old - first, self.counts)
         self.exponent, self.first, self.counts = exponent, first, counts

@@ -150,7 +150,7 @@ def unit_scores(
         raise OptionError(f"{name}: fisher is used by criterion='obd' alone, got it with criterion={criterion!r}.")
     if criterion == "random":
         # Drawn on the CPU so that every device prunes the same units.
-        return torch.rand(units.grid, generator=torch.Generator().manual_seed(seed)).to(weight.device)
+        return torch.rand(units.grid, generator=torch.Generator().manual_seed(seed), device="cpu").to(weight.device)
     magnitude = _relative(weight.abs())
     if criterion == "l1":
         return units.sums(magnitude)

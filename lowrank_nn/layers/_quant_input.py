@@ -65,7 +65,7 @@ class QuantizedInputLayer(LeafLayer):
             raise CalibrationError(
                 f"{type(self).__name__}: the input range must be two finite numbers (min, max), got ({low}, {high})."
             )
-        ends = torch.tensor([low, high], dtype=torch.float64)
+        ends = torch.tensor([low, high], dtype=torch.float64, device="cpu")
         scale, zero_point = affine_parameters(ends[0], ends[1], grid, stored_scale.dtype)
         stored_scale.copy_(scale)
         stored_zero_point.copy_(zero_point)

@@ -170,5 +170,5 @@ class QuantLayer(QuantizedWeightLayer):
         if self.window is None:
             return self.mask
         kept = torch.zeros(self.weight_shape, dtype=torch.bool, device=device)
-        crop_window(kept, self.window).copy_(torch.tensor(True) if self.mask is None else self.mask)
+        crop_window(kept, self.window).copy_(torch.tensor(True, device="cpu") if self.mask is None else self.mask)
         return kept

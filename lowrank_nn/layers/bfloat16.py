@@ -271,8 +271,8 @@ def _has_kernels() -> bool:
 
 
 def _is_right(layer: BFloat16Layer) -> bool:
-    layer.approximate_(torch.ones(layer.weight_shape))
-    x = torch.ones(1, 4, 4, 4)
+    layer.approximate_(torch.ones(layer.weight_shape, device="cpu"))
+    x = torch.ones(1, 4, 4, 4, device="cpu")
     return torch.equal(layer.make_kernel()(x), layer.simulate(x))
 
 

@@ -62,7 +62,7 @@ def merge_similar_(model: nn.Module, removals: Sequence[Removal]) -> None:
     """Have the readers of units that will go read the most similar unit that stays instead, in place."""
     tensors = named_tensors(model)
     for removal in removals:
-        gone = torch.zeros(removal.group.size, dtype=torch.bool)
+        gone = torch.zeros(removal.group.size, dtype=torch.bool, device="cpu")
         gone[list(removal.units)] = True
         into = nearest_kept(unit_rows(tensors, removal.group), gone)
         for member in removal.group.members:
@@ -88,4 +88,4 @@ def _kept_outputs(model: nn.Module, path: str, cuts: Cuts) -> Tensor | None:
     leaf = last_leaf(model.get_submodule(path)).weight
     names = [name for name, tensor in named_tensors(model).items() if tensor is leaf]
     cut = next((cuts[name][0] for name in names if 0 in cuts.get(name, {})), None)
-    return None if cut is None else torch.tensor(cut.kept)
+    return None if cut is None else torch.tensor(cut.kept, device="cpu")

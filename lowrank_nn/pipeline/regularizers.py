@@ -128,7 +128,9 @@ class ChannelLasso(Regularizer):
         self.groups = tuple(group for group in groups if not group.frozen)
         if not self.groups:
             raise OptionError("ChannelLasso: there is no group that anything can be removed from. Print the groups.")
-        self._positions = [[torch.tensor(member.positions) for member in group.members] for group in self.groups]
+        self._positions = [
+            [torch.tensor(member.positions, device="cpu") for member in group.members] for group in self.groups
+        ]
 
     def __repr__(self) -> str:
         return f"ChannelLasso({len(self.groups)} groups, {self.strength})"

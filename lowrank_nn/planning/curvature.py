@@ -144,7 +144,7 @@ class CurvatureProbes:
     def _direction(self, index: int, output: Tensor) -> Tensor:
         """Draw v for one of the outputs, image by image: the same for every split of the images into batches."""
         generator = self._generators.setdefault(index, torch.Generator().manual_seed(self._seed + index))
-        v = torch.stack([torch.randn(output.shape[1:], generator=generator) for _ in range(len(output))])
+        v = torch.stack([torch.randn(output.shape[1:], generator=generator, device="cpu") for _ in range(len(output))])
         if output.dim() == 2 and output.shape[1] > 1:
             v -= v.mean(1, keepdim=True)
         return v.to(output)
@@ -223,7 +223,7 @@ class LayerCurvature:
 
 def random_filters(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Return standard normal weights for :class:`LayerCurvature`."""
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 def _outputs(layer: nn.Conv2d | nn.Linear) -> int:

@@ -111,7 +111,7 @@ def unit_importance(
             "bn_scale": lambda group: _scale(model, tensors, group),
             "geometric_median": lambda group: _distance(tensors, group),
             "similar": lambda group: similarity_scores(unit_rows(tensors, group), unit_columns(tensors, group)),
-            "random": lambda group: torch.rand(group.size, generator=generator, dtype=torch.float64),
+            "random": lambda group: torch.rand(group.size, generator=generator, dtype=torch.float64, device="cpu"),
         }[criterion]
     else:
         raise OptionError(f"criterion must be one of {', '.join(UNIT_CRITERIA)}, or a function, got {criterion!r}.")

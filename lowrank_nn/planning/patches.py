@@ -98,10 +98,10 @@ class PatchSampler:
         """Draw positions, in raster order: (images, k)."""
         count = min(size, max(64, min(size // 8, 128)))
         if count == size:
-            return torch.arange(size).expand(images, size)
+            return torch.arange(size, device="cpu").expand(images, size)
         # One number after another from the generator: the same for every split of the images into batches.
-        shift = torch.rand(images, count, generator=self._generator, dtype=torch.float64)
-        return ((torch.arange(count) + shift) * (size / count)).long().clamp(max=size - 1)
+        shift = torch.rand(images, count, generator=self._generator, dtype=torch.float64, device="cpu")
+        return ((torch.arange(count, device="cpu") + shift) * (size / count)).long().clamp(max=size - 1)
 
     def _receptive(self, maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the inputs that outputs at positions (n, k, 1) are computed from: (n * k, taps, channels)."""

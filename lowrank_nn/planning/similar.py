@@ -20,7 +20,7 @@ def unit_rows(tensors: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
 def unit_columns(tensors: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
     """Return all weights that read each unit, (units, n); float64 on the CPU."""
     reading = [unit_slices(tensors[member.name], member).cpu() for member in group.members if member.role == "in"]
-    return torch.cat(reading, dim=1) if reading else torch.zeros(group.size, 0, dtype=torch.float64)
+    return torch.cat(reading, dim=1) if reading else torch.zeros(group.size, 0, dtype=torch.float64, device="cpu")
 
 
 def similarity_scores(rows: Tensor, columns: Tensor) -> Tensor:

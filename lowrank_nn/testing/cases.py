@@ -44,7 +44,7 @@ class Case:
         with torch.no_grad():
             for name, parameter in layer.named_parameters():
                 fan_in = math.prod(parameter.shape[1:])
-                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
                 parameter.copy_(draw / math.sqrt(fan_in))
                 parameter.requires_grad_(name not in self.frozen)
         if self.channels_last:
@@ -54,7 +54,7 @@ class Case:
     def input(self, *, batched: bool = False) -> Tensor:
         """Return the input, the same values every time; ``batched`` adds the batch dimension where it lacks."""
         generator = torch.Generator().manual_seed(1)
-        x = torch.randn(self.input_shape, generator=generator, dtype=torch.float64).to(self.dtype)
+        x = torch.randn(self.input_shape, generator=generator, dtype=torch.float64, device="cpu").to(self.dtype)
         if batched and not self.is_batched:
             x = x.unsqueeze(0)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x

@@ -103,6 +103,6 @@ def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     reader = nn.Conv2d(channels, channels * taps, groups=channels, bias=False, device="meta", dtype=x.dtype, **geometry)
     reader = reader.to_empty(device=x.device)
     with torch.no_grad():
-        reader.weight.copy_(torch.eye(taps).repeat(channels, 1).view_as(reader.weight))
+        reader.weight.copy_(torch.eye(taps, device="cpu").repeat(channels, 1).view_as(reader.weight))
         read: Tensor = reader(x)
     return read.reshape(len(x), layer.groups, -1, read[0, 0].numel()).permute(1, 0, 3, 2).flatten(1, 2)

@@ -32,7 +32,7 @@ TRAINING_STEPS = 12
 
 def _cotangent(like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu").to(like.dtype)
 
 
 def check_gradients(cls: type[CompressedLayer], case: Case) -> None:
@@ -98,7 +98,7 @@ def check_initial_variance(cls: type[CompressedLayer], case: Case) -> None:
             layer.reset_parameters()
             weight = layer.dense_weight()
             variances.append(float(weight[weight != 0].square().mean()))
-    sample = torch.tensor(variances, dtype=torch.float64)
+    sample = torch.tensor(variances, dtype=torch.float64, device="cpu")
     mean, error = float(sample.mean()), float(sample.std()) / math.sqrt(INITIAL_DRAWS)
     expect(
         abs(mean - expected) <= 4 * error + 0.05 * expected,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lowrank_nn as lnn
-from tests.storage.models import bits_of, seeded
+from tests.storage.models import assert_same_state, bits_of, seeded
 from tests.untouched import assert_untouched, snapshot
 
 MATRICES = (lnn.SVDConv2d, lnn.SVDLinear, lnn.TuckerConv2d)
@@ -201,6 +201,30 @@ def test_same_inputs_same_bits():
     assert one.report == other.report
     assert one.plan == other.plan
     assert any(bits_of(first[key]) != bits_of(value) for key, value in third.model.state_dict().items() if key in first)
+
+
+def filters(criterion, **options):
+    return [lnn.Prune(0.3, granularity="filter", criterion=criterion, **options)]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        chain(),
+        *(filters(criterion) for criterion in ("l1", "similar", "random", "activation", "lasso", "thinet", "obs")),
+        filters("taylor", batches=[(X, torch.arange(4))], loss=lambda net, batch: net(batch[0]).logsumexp(1).mean()),
+        [lnn.FoldBatchNorm(), lnn.Equalize(), lnn.Quantize("int4")],
+        [lnn.Codebook(3), lnn.FineTune([(X, torch.arange(4))], 1, guidance=["conv2"])],
+        [lnn.Apply(lnn.HashedConv2d, where="conv2", share=0.5), lnn.Apply(lnn.BinaryLinear, where="fc")],
+    ],
+)
+def test_a_default_device_of_the_user_changes_nothing(recipe):
+    budget = lnn.Budget(params=0.6) if isinstance(recipe[0], lnn.LowRank) else None
+    expected = compress(make_net(), recipe, budget=budget).model
+    net = make_net()
+    with torch.device("meta"):  # whatever were made there would hold no numbers
+        small = compress(net, recipe, budget=budget).model
+    assert_same_state(small, expected)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
