@@ -97,6 +97,51 @@ def test_parts_whose_sizes_are_one_attribute_lose_the_same():
     assert (model.query, model.key) == (7, 3)
 
 
+class Sliced(Uneven):
+    """The first 5 channels go one way, the others another."""
+
+    def __init__(self, border=5):
+        super().__init__((), None)
+        self.near = border
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(torch.cat([x[:, : self.near].relu(), x[..., self.near :].sigmoid()], 1))
+
+
+def test_slices_that_begin_or_end_at_an_attribute():
+    model, _ = seeded(lambda: (Sliced(), None))()
+    removals = removals_of(model, 2)
+    assert [removal.group.size for removal in removals] == [5, 11]
+    assert [removal.group.sizes for removal in removals] == [((Attribute("", "near"), 1),), ()]
+    assert prove(model, removals, X).proven == tuple(removals)
+    remove_units(model, removals)
+    assert (model.near, model.first.out_features, model.last.in_features) == (3, 12, 12)
+
+
+@pytest.mark.parametrize("border", [0, 16, 20])
+def test_slices_of_all_or_nothing(border):
+    model, _ = seeded(lambda: (Sliced(border), None))()
+    removals = removals_of(model, 3)
+    remove_units(model, prove(model, removals, X).proven)
+    assert model(X).shape == (3, 4)
+
+
+def test_slices_between_attributes_are_read_by_number():
+    class Middle(Uneven):
+        def __init__(self):
+            super().__init__((), None)
+            self.low, self.high = 3, 8
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(torch.cat([x[:, self.low : self.high], x[:, self.low :][:, : -self.low]], 1).repeat(1, 2))
+
+    model = Middle()
+    model.last = nn.Linear(30, 4)
+    assert "which reads by number" in find_groups(model, X)[0].frozen
+
+
 @pytest.mark.parametrize("how", RESHAPES.values(), ids=RESHAPES)
 def test_widths_that_a_reshape_takes(how):
     model, _ = seeded(lambda: (Reshaped(how), None))()

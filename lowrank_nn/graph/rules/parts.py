@@ -138,10 +138,19 @@ def narrow(call: Call) -> list[Planes]:
 
 
 def _slice(call: Call, labels: Labels, dim: int, part: slice) -> Labels:
-    """Tie the equal parts, or equal steps, of which a slice takes one; else all along ``dim``."""
+    """Tie the equal parts, or equal steps, of which a slice takes one; else all along ``dim``.
+
+    Where a part begins or ends at an attribute of a module, that follows, and nothing has to be tied.
+    """
     size = labels.shape[dim]
     start, stop, step = part.indices(size)
     if (start, stop, step) == (0, size, 1):
+        return labels
+    border = part.stop if start == 0 else part.start
+    at_an_end = step == 1 and start < stop and 0 in (start, size - stop)
+    if at_an_end and border in (start, stop) and call.source(border) is not None:
+        for plane in labels.planes:
+            call.note_size(border, plane.narrow(dim, 0, border) if plane.shape[dim] > 1 else plane, dim)
         return labels
     if step == 1 and stop > start and size % (stop - start) == 0 and start % (stop - start) == 0:
         _tie_parts(call, labels, dim, [stop - start] * (size // (stop - start)))
