@@ -87,7 +87,8 @@ def compress_model(
     """Compress a trained network: plan the recipe, carry it out on a copy, and account for the result.
 
     The given model is never changed, also not by an error or an interrupt half-way; nor are the global random state
-    and the warnings filters.
+    and the warnings filters. An ``autocast`` around the call does not count: all is computed in the model's own
+    precision (``FineTune`` takes one for training).
 
     Args:
         model: The trained model: any ``nn.Module`` that runs.
@@ -180,8 +181,13 @@ def _check_budget(budget: Any) -> None:
 
 @contextlib.contextmanager
 def _own_modes(seed: int) -> Iterator[None]:
-    """Run a block with random numbers of its own, and with gradients also where the caller has switched them off."""
-    with preserved_random_state(seed), torch.inference_mode(False), torch.enable_grad():
+    """Run a block with random numbers of its own, gradients and full precision, whatever the caller has switched on."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(preserved_random_state(seed))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

@@ -227,6 +227,15 @@ def test_a_default_device_of_the_user_changes_nothing(recipe):
     assert_same_state(small, expected)
 
 
+@pytest.mark.parametrize("recipe", [chain(), filters("obs")])
+def test_autocast_of_the_caller_changes_nothing(recipe):
+    budget = lnn.Budget(params=0.6) if isinstance(recipe[0], lnn.LowRank) else None
+    expected = compress(make_net(), recipe, budget=budget).model
+    with torch.autocast("cpu", torch.bfloat16):
+        small = compress(make_net(), recipe, budget=budget).model
+    assert_same_state(small, expected)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_calls_without_gradients_train_all_the_same(mode):
     recipe = [lnn.Apply(lnn.SVDLinear, where="fc", rank=3), lnn.FineTune([X], epochs=1)]
