@@ -39,10 +39,12 @@ def _settings():
     }
 
 
-@pytest.fixture(autouse=True)
-def _no_timings_on_disk(monkeypatch):
-    """No test reads or leaves timings in the user's cache folder."""
-    monkeypatch.setenv("LOWRANK_NN_CACHE", "off")
+@pytest.fixture(autouse=True, scope="session")
+def _no_timings_on_disk():
+    """No test or fixture reads or leaves timings in the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWRANK_NN_CACHE", "off")
+        yield
 
 
 @pytest.fixture(autouse=True)
