@@ -92,21 +92,20 @@ def leading_left_vectors(matrix: Tensor, rank: int, *, exact: bool = False) -> t
     return vectors[:, :rank], float(values[:rank].double().square().sum())
 
 
-def improved_left_vectors(matrix: Tensor, basis: Tensor, steps: int = 2) -> tuple[Tensor, float]:
+def improved_left_vectors(matrix: Tensor, basis: Tensor) -> tuple[Tensor, float]:
     """Return a basis closer than the given one to the leading left singular vectors, and the energy it keeps.
 
-    Orthogonal iteration: every step shrinks what a column holds of the direction s by (s / r)^2, r being the singular
-    value of the last direction kept, and loses no energy.
+    Two steps of orthogonal iteration. Each shrinks what the basis holds of a direction of singular value s by
+    (s / r)^2, r being the singular value of the last direction kept, and loses no energy.
 
     Args:
         matrix: Shape (m, n).
         basis: Orthonormal columns, shape (m, rank), near the leading directions.
-        steps: Products with the Gram matrix, each orthonormalised: powers of it would drown the weak directions.
 
     Returns:
         Orthonormal columns, shape (m, rank), of whatever sign; and the sum of squares of ``basis.T @ matrix``.
     """
     symmetric = whole_gram(matrix, matrix.dtype)
-    for _ in range(steps):
+    for _ in range(2):  # orthonormalised each time: the square of the Gram matrix would drown the weak directions
         basis = torch.linalg.qr(symmetric @ basis).Q
     return basis, float((basis * (symmetric @ basis)).sum(dtype=torch.float64))
