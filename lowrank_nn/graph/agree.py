@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_nn.errors import PlanError
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.graph.sites import run_model
@@ -35,6 +36,14 @@ def outputs_agree(expected: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
     change where two values tie.
     """
     return len(expected) == len(got) and all(map(_agree, expected, got))
+
+
+def keeps_outputs(model: nn.Module, example_inputs: Any, expected: Sequence[Tensor]) -> bool:
+    """Whether ``model``, changed by now, still runs and returns what :func:`outputs_of` returned before."""
+    try:
+        return outputs_agree(expected, outputs_of(model, example_inputs))
+    except PlanError:  # it checks its values
+        return False
 
 
 def _agree(expected: Tensor, got: Tensor) -> bool:

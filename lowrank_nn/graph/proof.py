@@ -50,10 +50,9 @@ def prove(
 
     Twice the model runs on the same inputs: once without the doomed units, once with all their slices zero in every
     member of their groups; layer norms, and weights that are standardised, take mean and variance of the other channels
-    in both. In eval mode the outputs
-    must agree; in train mode, with dropout off and a batch twice as large where the model allows that, also the
-    gradients of all that is kept and the statistics of the norms. Both runs are in float64, where the model runs in it:
-    rounding is no excuse then.
+    in both. In eval mode the outputs must agree; in train mode, with dropout off and a batch twice as large where the
+    model allows that, also the gradients of all that is kept and the statistics of the norms. Both runs are in float64,
+    where the model runs in it: rounding is no excuse then.
 
     All removals are tried at once first. Where they do not agree they are halved, so that a few bad ones among many
     cost few runs; first in eval mode alone, which costs a fraction of the rest and finds nearly all bad ones.

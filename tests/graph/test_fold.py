@@ -246,3 +246,19 @@ def test_cuda():
     folded = fold_batchnorm(model.cuda(), x.cuda())
     assert folded[0].bias.is_cuda
     assert_same_function(model, folded, x.cuda(), 1e-4)
+
+
+class NeedsItsNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) * self.norm.weight.sum()
+
+
+def test_a_forward_that_fails_without_the_norm_keeps_it():
+    model, x = NeedsItsNorm().eval(), torch.randn(2, 3, 5, 5)
+    folded = lnn.fold_batchnorm(model, x)
+    assert isinstance(folded.norm, nn.BatchNorm2d)
+    assert torch.equal(folded(x), model(x))
