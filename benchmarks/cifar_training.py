@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from cifar_data import Augmented, accuracy
@@ -18,6 +19,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epoch-images", type=int, default=50_000, help="training images per epoch")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
+    parser.add_argument("--checkpoint", type=Path, help="file to go on from after an interruption; one network per run")
 
 
 def distil(
@@ -50,6 +52,7 @@ def distil(
         teacher=dense.to(memory_format=torch.channels_last),
         autocast=torch.bfloat16 if arguments.bf16 else None,
         evaluate=report,
+        checkpoint=arguments.checkpoint,
     )
     model = small.model.to(memory_format=torch.channels_last)
     lnn.compress_model(model, test[0][:1], [tune], seed=arguments.seed)
