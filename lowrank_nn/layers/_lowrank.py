@@ -26,11 +26,14 @@ class LowRankLayer(CompressedLayer):
     Attributes:
         rank: The rank, a plain int, or a tuple where the format has several.
         formats: Options that select the variants of this class that a planner compares.
+        planned_by_default: Whether the planner considers the class where the user names no formats; where False it
+            has to be named, as in ``LowRank(formats=[...])``.
     """
 
     rank: Rank
     main_options: ClassVar[tuple[str, ...]] = ("rank",)
     formats: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    planned_by_default: ClassVar[bool] = True
 
     @classmethod
     @abc.abstractmethod

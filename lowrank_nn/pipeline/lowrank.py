@@ -41,8 +41,8 @@ class LowRank(Step):
     Args:
         where: Shell patterns on dotted paths of the layers wanted.
         but_not: Shell patterns of the layers to leave as they are, such as ``"conv1"``.
-        formats: Low-rank classes to choose from; all registered ones if left out. With a rank rule, each layer takes
-            the first that replaces its kind.
+        formats: Low-rank classes to choose from; if left out all registered ones but those that have to be named
+            (``planned_by_default``). With a rank rule, each layer takes the first that replaces its kind.
         rank: A rank rule (``VBMF()``, ``Energy(0.9)``, ``Params(0.3)``, ``SpeedUp(2)``), or None for the budget.
         allocation: How the budget is shared out: ``"knapsack"``, or one of the rules to compare it with: ``"uniform"``
             (every layer keeps the same share), ``"alds"`` (the largest relative error in operator norm is made small,
@@ -139,8 +139,9 @@ class LowRank(Step):
         return uses_data("LowRank", state, self.data_aware, by_default=self.rank is None)
 
     def _classes(self) -> tuple[type[LowRankLayer], ...]:
-        every = tuple(cls for cls in LAYERS.values() if issubclass(cls, LowRankLayer))
-        return self.formats or self._rule().formats or every
+        low_rank = [cls for cls in LAYERS.values() if issubclass(cls, LowRankLayer)]
+        by_default = tuple(cls for cls in low_rank if cls.planned_by_default)
+        return self.formats or self._rule().formats or by_default
 
     def _rule(self) -> AllocationRule:
         return ALLOCATIONS[self.allocation]

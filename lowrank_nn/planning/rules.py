@@ -117,7 +117,7 @@ class AllocationRule:
     Attributes:
         choose: Returns the index of the chosen candidate of each layer, or None if no choice fits.
         candidates: Lists the candidates of one layer, as :func:`low_rank_candidates` does.
-        formats: Low-rank classes that the rule was published with; None for all registered ones.
+        formats: Low-rank classes that the rule was published with; None for those planned by default.
     """
 
     choose: Callable[[Sequence[Choices], Floats], list[int] | None]

@@ -52,6 +52,15 @@ def test_options_reach_the_layer(net, order):
     assert run(net, lnn.Apply(lnn.SVDConv2d, where="conv2", rank=3, order=order)).model.conv2.order == order
 
 
+def test_formats_not_planned_by_default_have_to_be_named(net, monkeypatch):
+    monkeypatch.setattr(lnn.SVDLinear, "planned_by_default", False)
+    budget = lnn.Budget(params=0.95)
+    with pytest.raises(lnn.PlanError, match=r"a kind that this step leaves alone: fc \(Linear\)"):
+        run(net, lnn.LowRank(where="fc"), budget=budget)
+    named = run(net, lnn.LowRank(where="fc", formats=[lnn.SVDLinear]), budget=budget)
+    assert kinds(named.model)["fc"] == "SVDLinear"
+
+
 def test_unknown_options_are_refused_at_once():
     with pytest.raises(lnn.PlanError, match=r"TuckerConv2d takes no option ranks; it takes rank"):
         lnn.Apply(lnn.TuckerConv2d, ranks=(4, 4))
