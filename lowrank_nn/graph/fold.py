@@ -191,8 +191,8 @@ def scaled_weight(leaf: nn.Module, scale: Tensor) -> Tensor:
 
 
 def last_leaf(layer: nn.Module) -> nn.Module:
-    """Return the leaf that gives a layer's output: the layer itself, or the last stage of a factorised one."""
-    *_, last = [layer, *layer.stages()] if isinstance(layer, CompressedLayer) else [layer]
+    """Return the leaf whose channels are a layer's outputs: the layer itself, or the last stage of a factorised one."""
+    *_, last = [layer, *layer.stages()] if isinstance(layer, CompressedLayer) and not layer.rearranges else [layer]
     return last
 
 
@@ -207,6 +207,8 @@ def uses_of(model: nn.Module) -> Counter[int]:
 def _refusal(layer: nn.Module, uses: Counter[int]) -> str:
     """Return why a layer cannot take up a norm; empty where it can."""
     leaf = last_leaf(layer)
+    if isinstance(leaf, CompressedLayer) and leaf.rearranges:
+        return f"no stage of {type(leaf).__name__} has its outputs as channels; fold before compressing it"
     if not isinstance(leaf, DENSE):
         return f"it is a {type(leaf).__name__}; fold before pruning and quantizing"
     return computed_weight(leaf) or held(layer, uses)

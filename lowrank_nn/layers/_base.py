@@ -68,12 +68,15 @@ class CompressedLayer(nn.Module, abc.ABC):
         main_options: The constructor arguments that a report shows.
         tables: Names of own parameters that say what stored integers stand for, such as a codebook: like scales they
             count among the bytes of a layer, and not among its params.
+        rearranges: Whether what goes between the stages is rearranged, so that the channels of the last one are not
+            those of the output.
     """
 
     replaces: ClassVar[type[nn.Module]]
     stacks_on: ClassVar[tuple[type[CompressedLayer], ...]] = ()
     main_options: ClassVar[tuple[str, ...]] = ()
     tables: ClassVar[tuple[str, ...]] = ()
+    rearranges: ClassVar[bool] = False
 
     from_pretrained_layer: ClassVar[Callable[..., CompressedLayer]]
     """The factory, ``from_pretrained_layer(layer, **options)``; every class has its own signature."""
@@ -107,6 +110,19 @@ class CompressedLayer(nn.Module, abc.ABC):
     @abc.abstractmethod
     def stages(self) -> Iterator[nn.Module]:
         """Yield the leaves that do the work, in order; nothing where the layer is a leaf itself."""
+
+    def stage_calls(self, input_shape: Sequence[int]) -> Iterator[tuple[nn.Module, tuple[int, ...]]]:
+        """Yield the stages, each with the shape of the input that it is called with.
+
+        A layer that reshapes between its stages overrides this.
+
+        Args:
+            input_shape: Shape of the layer's own input, batched or not.
+        """
+        shape = tuple(input_shape)
+        for stage in self.stages():
+            yield stage, shape
+            shape = layer_output_shape(stage, shape)
 
     @abc.abstractmethod
     def output_shape(self, input_shape: Sequence[int]) -> tuple[int, ...]:
@@ -146,10 +162,8 @@ class CompressedLayer(nn.Module, abc.ABC):
             input_shape: Shape of the input, batched or not.
         """
         total = tensor_cost(self)
-        shape = tuple(input_shape)
-        for stage in self.stages():
+        for stage, shape in self.stage_calls(input_shape):
             total += layer_cost(stage, shape)
-            shape = layer_output_shape(stage, shape)
         return total
 
     def config(self) -> dict[str, Any]:
