@@ -92,18 +92,18 @@ def _stages(site: Site, layer: nn.Module) -> Iterator[Site]:
     """Yield the sites of the leaves inside a compressed layer, with the shapes they are called with."""
     if not isinstance(layer, CompressedLayer):
         return
-    shapes = [call.input_shape for call in site.calls]
+    calls: dict[nn.Module, list[Call]] = {stage: [] for stage in layer.stages()}
+    for call in site.calls:
+        for stage, shape in layer.stage_calls(call.input_shape):
+            calls[stage].append(Call(shape, layer_output_shape(stage, shape)))
     paths = {child: name for name, child in layer.named_modules()}
     for stage in layer.stages():
-        outputs = [layer_output_shape(stage, shape) for shape in shapes]
-        calls = tuple(Call(before, after) for before, after in zip(shapes, outputs, strict=True))
         name = paths[stage]
         yield Site(
             path=f"{site.path}.{name}" if site.path else name,
             layer=stage,
             aliases=tuple(f"{alias}.{name}" for alias in site.aliases),
-            calls=calls,
+            calls=tuple(calls[stage]),
             inside=site.path,
             tied_to=(),
         )
-        shapes = outputs

@@ -27,7 +27,7 @@ from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.graph.stand_in import stand_in
 from lowrank_nn.graph.timing import Profile, time_in_place
-from lowrank_nn.layers import CompressedLayer, layer_output_shape
+from lowrank_nn.layers import CompressedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +81,9 @@ class Clock:
         """
         work = []
         for call in calls:
-            shape = call.input_shape
-            work.append(self._own_call(layer, shape))
-            for stage in layer.stages() if isinstance(layer, CompressedLayer) else ():
-                work.append(self._own_call(stage, shape))
-                shape = layer_output_shape(stage, shape)
+            work.append(self._own_call(layer, call.input_shape))
+            if isinstance(layer, CompressedLayer):
+                work += [self._own_call(stage, shape) for stage, shape in layer.stage_calls(call.input_shape)]
         return work
 
     def milliseconds(self, work: Iterable[LeafCall]) -> float:
