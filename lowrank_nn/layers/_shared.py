@@ -1,45 +1,87 @@
-"""What layers have in common whose weights share a few stored numbers: looking them up."""
+"""What layers have in common whose weights share a few stored numbers: looking them up, and fitting them."""
 
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_nn.cost import Cost
 from lowrank_nn.layers._affine import widened
 from lowrank_nn.layers._leaf import LeafLayer
+from lowrank_nn.layers._shapes import draw_bias_
 
 
-def look_up(table: Tensor, indices: Tensor) -> Tensor:
-    """Return ``table[indices]``; the gradient of an entry of the table is the sum over all places that show it.
+def look_up(table: Tensor, indices: Tensor, dim: int = 0) -> Tensor:
+    """Return the entries of ``table`` along ``dim`` that ``indices`` name, in the place of that dim.
 
-    That sum is taken in float32 at least: in half precision it would stall after a few hundred terms.
+    The gradient of an entry is the sum over all places that show it, taken in float32 at least: in half precision it
+    would stall after a few hundred terms.
 
     Args:
-        table: Shape ``(k,)``.
+        table: Any tensor, with k entries along ``dim``.
         indices: Integers from 0 to k - 1, any shape.
+        dim: Along which dim.
     """
     flat = indices.reshape(-1).to(torch.int32)
-    entries = table.to(widened(table.dtype)).index_select(0, flat)
-    return entries.to(table.dtype).reshape(indices.shape)
+    entries = table.to(widened(table.dtype)).index_select(dim, flat)
+    return entries.to(table.dtype).unflatten(dim, indices.shape)
 
 
 class SharedWeightLayer(LeafLayer):
-    """Base of the layers whose weights share numbers: every weight has an index, and equal indices mean one number.
+    """Base of the layers in which each weight is one of few values, up to its sign; which one is said by its place.
+
+    So a file holds the values, and nothing of the places.
 
     Attributes:
-        indices: Integer buffer of the stored kernel's shape, output channels first.
+        values: The shared weights, a parameter.
     """
 
-    indices: Tensor
+    values: nn.Parameter
+
+    def _set_up_values(self, shape: tuple[int, ...], bias: bool, **factory: Any) -> None:
+        """Create values of ``shape``, and the bias."""
+        self.values = nn.Parameter(torch.empty(shape, **factory))
+        self.bias = nn.Parameter(torch.empty(self.weight_shape[0], **factory)) if bias else None
 
     @abc.abstractmethod
-    def stored_weight(self) -> Tensor:
-        """Return the weight of the stored kernel's shape; differentiable."""
+    def spread(self, values: Tensor) -> Tensor:
+        """Return the dense weight made of ``values``: each of its entries is one of them, or one with its sign changed.
 
-    @classmethod
-    def lossless_options(cls, layer: nn.Module) -> dict[str, Any] | None:
-        """None: weights are always changed."""
-        return None
+        Args:
+            values: Of the shape of :attr:`values`, any floating dtype; differentiable.
+        """
+
+    @torch.no_grad()
+    def approximate_(self, weight: Tensor) -> None:
+        """Set each value to the mean of its weights, each with its sign; a value that no weight has to zero.
+
+        No other values are nearer to ``weight`` in the Frobenius norm.
+        """
+        wide = widened(weight.dtype)
+        # Least squares: spread is a matrix S of entries 0, 1 and -1, one per row that is not 0, so that S^T S is
+        # diagonal and says how many weights a value has; the product of S^T is the derivative backward.
+        ones = torch.ones(self.values.shape, dtype=wide, device=weight.device)
+        spread_ones, gather = torch.func.vjp(self.spread, ones)
+        (sums,), (counts,) = gather(weight.to(wide)), gather(spread_ones)
+        self.values.copy_(sums / counts.clamp(min=1))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the values as torch draws dense weights, from +-1 / sqrt(fan_in)."""
+        bound = self.fan_in**-0.5
+        self.values.uniform_(-bound, bound)
+        draw_bias_(self.bias, self.fan_in)
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight, in the dense layer's shape."""
+        return self.spread(self.values)
+
+    def stored_cost(self) -> Cost:
+        """Return params, bytes and nonzeros of the values, and the MACs of all weights; places cost nothing."""
+        count = self.values.numel()
+        size = count * self.values.element_size()
+        return Cost(params=count, macs=math.prod(self.weight_shape), bytes=size, nonzeros=count)

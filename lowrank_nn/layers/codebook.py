@@ -15,16 +15,17 @@ from lowrank_nn.decompose import kmeans_1d, nearest_centroid
 from lowrank_nn.decompose.kmeans import Init
 from lowrank_nn.errors import check_whole_number
 from lowrank_nn.layers._base import Packing, register_layer
+from lowrank_nn.layers._leaf import LeafLayer
 from lowrank_nn.layers._masks import checked_fisher, random_mask
 from lowrank_nn.layers._pruned import PrunedLayer, sparsity_options
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size, draw_bias_
-from lowrank_nn.layers._shared import SharedWeightLayer, look_up
+from lowrank_nn.layers._shared import look_up
 from lowrank_nn.layers._source import read_layer
 from lowrank_nn.layers._window import Window, check_window, crop_window, embed_window
 from lowrank_nn.layers.pruned import PrunedConv2d, PrunedLinear
 
 
-class CodebookLayer(SharedWeightLayer):
+class CodebookLayer(LeafLayer):
     """Base of the layers with a codebook: the weight is ``codebook[indices]``, and zero where a mask says so.
 
     Attributes:
@@ -40,6 +41,7 @@ class CodebookLayer(SharedWeightLayer):
     tables = ("codebook",)
 
     codebook: nn.Parameter
+    indices: Tensor
     mask: Tensor | None
     window: Window | None = None
 
@@ -102,6 +104,11 @@ class CodebookLayer(SharedWeightLayer):
     def usual_options(cls, layer: nn.Module) -> dict[str, Any]:
         """Indices of 4 bits."""
         return {"bits": 4}
+
+    @classmethod
+    def lossless_options(cls, layer: nn.Module) -> dict[str, Any] | None:
+        """None: weights are always changed."""
+        return None
 
     def approximate_(self, weight: Tensor) -> None:
         """Set codebook and indices to the nearest weight; masked entries stay zero."""

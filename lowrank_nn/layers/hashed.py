@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lowrank_nn.cost import Cost
 from lowrank_nn.errors import OptionError, check_whole_number
-from lowrank_nn.layers._affine import widened
 from lowrank_nn.layers._base import register_layer
-from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size, draw_bias_
+from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size
 from lowrank_nn.layers._shared import SharedWeightLayer, look_up
 from lowrank_nn.layers._source import read_layer
 
@@ -68,16 +66,15 @@ class HashedLayer(SharedWeightLayer):
 
     main_options = ("buckets",)
 
-    values: nn.Parameter
+    indices: Tensor
 
-    def _set_up(self, shape: tuple[int, ...], bias: bool, buckets: int, seed: int, **factory: Any) -> None:
+    def _set_up(self, bias: bool, buckets: int, seed: int, **factory: Any) -> None:
         """Check the options and create the tensors."""
         name = type(self).__name__
         self.buckets = check_whole_number(f"{name}: buckets", buckets, 1, _LARGEST)
         self.seed = check_whole_number(f"{name}: seed", seed, 0, _LARGEST)
-        self.values = nn.Parameter(torch.empty(buckets, **factory))
-        self.bias = nn.Parameter(torch.empty(shape[0], **factory)) if bias else None
-        indices = torch.empty(shape, dtype=torch.int32, device=self.values.device)
+        self._set_up_values((buckets,), bias, **factory)
+        indices = torch.empty(self.weight_shape, dtype=torch.int32, device=self.values.device)
         self.register_buffer("indices", indices, persistent=False)
         self._fill_indices()
         self.reset_parameters()
@@ -129,37 +126,14 @@ class HashedLayer(SharedWeightLayer):
         """Half as many values as weights."""
         return {"share": 0.5}
 
-    @torch.no_grad()
-    def approximate_(self, weight: Tensor) -> None:
-        """Set each value to the mean of its weights, each with its sign; a value that no weight has to zero."""
-        wide = widened(weight.dtype)
-        flat = self.indices.reshape(-1).to(torch.int64)
-        zeros = torch.zeros(2 * self.buckets, dtype=wide, device=weight.device)
-        sums = zeros.index_add(0, flat, weight.reshape(-1).to(wide))
-        counts = zeros.index_add(0, flat, torch.ones_like(flat, dtype=wide))
-        plus, minus = sums.reshape(2, -1)
-        shared = counts[: self.buckets] + counts[self.buckets :]
-        self.values.copy_((plus - minus) / shared.clamp(min=1))
+    @classmethod
+    def lossless_options(cls, layer: nn.Module) -> dict[str, Any] | None:
+        """None: weights are always changed."""
+        return None
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the values as torch draws dense weights, from +-1 / sqrt(fan_in)."""
-        bound = self.fan_in**-0.5
-        self.values.uniform_(-bound, bound)
-        draw_bias_(self.bias, self.fan_in)
-
-    def stored_weight(self) -> Tensor:
+    def spread(self, values: Tensor) -> Tensor:
         """Return the weight: the value of each place's bucket times its sign; differentiable."""
-        return look_up(torch.cat([self.values, -self.values]), self.indices)
-
-    def dense_weight(self) -> Tensor:
-        """Return the weight, in the dense layer's shape."""
-        return self.stored_weight()
-
-    def stored_cost(self) -> Cost:
-        """Return params, bytes and nonzeros of the values, and the MACs of all weights; places cost nothing."""
-        size = self.buckets * self.values.element_size()
-        return Cost(params=self.buckets, macs=self.indices.numel(), bytes=size, nonzeros=self.buckets)
+        return look_up(torch.cat([values, -values]), self.indices)
 
 
 @register_layer
@@ -214,11 +188,11 @@ class HashedConv2d(CompressedConv2d, HashedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
-        self._set_up(self.weight_shape, bias, buckets, seed, device=device, dtype=dtype)
+        self._set_up(bias, buckets, seed, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        return self.convolve(input, self.stored_weight(), self.bias)
+        return self.convolve(input, self.dense_weight(), self.bias)
 
 
 @register_layer
@@ -259,8 +233,8 @@ class HashedLinear(CompressedLinear, HashedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
-        self._set_up(self.weight_shape, bias, buckets, seed, device=device, dtype=dtype)
+        self._set_up(bias, buckets, seed, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the shared weights: ``(*, in_features)`` to ``(*, out_features)``."""
-        return F.linear(input, self.stored_weight(), self.bias)
+        return F.linear(input, self.dense_weight(), self.bias)
