@@ -56,6 +56,8 @@ from lowrank_nn.layers import SpeedUp as SpeedUp
 from lowrank_nn.layers import SplitMultiheadAttention as SplitMultiheadAttention
 from lowrank_nn.layers import SVDConv2d as SVDConv2d
 from lowrank_nn.layers import SVDLinear as SVDLinear
+from lowrank_nn.layers import TTConv2d as TTConv2d
+from lowrank_nn.layers import TTLinear as TTLinear
 from lowrank_nn.layers import TuckerConv2d as TuckerConv2d
 from lowrank_nn.layers import register_layer as register_layer
 from lowrank_nn.layers import register_narrow_form as register_narrow_form

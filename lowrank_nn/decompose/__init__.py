@@ -13,6 +13,11 @@ from lowrank_nn.decompose.metric import square_root as square_root
 from lowrank_nn.decompose.rounding import round_jointly as round_jointly
 from lowrank_nn.decompose.svd import singular_values as singular_values
 from lowrank_nn.decompose.svd import truncated_svd as truncated_svd
+from lowrank_nn.decompose.tensor_train import reachable_ranks as reachable_ranks
+from lowrank_nn.decompose.tensor_train import tensor_train as tensor_train
+from lowrank_nn.decompose.tensor_train import tensor_train_errors as tensor_train_errors
+from lowrank_nn.decompose.tensor_train import tt_limits as tt_limits
+from lowrank_nn.decompose.tensor_train import tt_tensor as tt_tensor
 from lowrank_nn.decompose.tucker import TuckerFactors as TuckerFactors
 from lowrank_nn.decompose.tucker import tucker2 as tucker2
 from lowrank_nn.decompose.tucker import tucker2_errors as tucker2_errors
@@ -23,6 +28,10 @@ from lowrank_nn.decompose.weighted import weighted_svd as weighted_svd
 from lowrank_nn.decompose.weighted import weighted_svd_errors as weighted_svd_errors
 from lowrank_nn.decompose.weighted_cp import weighted_cp as weighted_cp
 from lowrank_nn.decompose.weighted_cp import weighted_cp_errors as weighted_cp_errors
+from lowrank_nn.decompose.weighted_tensor_train import ModeRoots as ModeRoots
+from lowrank_nn.decompose.weighted_tensor_train import along_modes as along_modes
+from lowrank_nn.decompose.weighted_tensor_train import mode_roots as mode_roots
+from lowrank_nn.decompose.weighted_tensor_train import weighted_tensor_train as weighted_tensor_train
 from lowrank_nn.decompose.weighted_tucker import weighted_tucker1 as weighted_tucker1
 from lowrank_nn.decompose.weighted_tucker import weighted_tucker1_errors as weighted_tucker1_errors
 from lowrank_nn.decompose.weighted_tucker import weighted_tucker2 as weighted_tucker2

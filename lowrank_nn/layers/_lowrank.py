@@ -6,6 +6,7 @@ import abc
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -124,9 +125,16 @@ class LowRankLayer(CompressedLayer):
         super().resize_to_stages_()
         self.rank = self.stage_rank()
 
+    def _hold_bias(self, bias: bool, size: int, **factory: Any) -> None:
+        """Give a layer that rearranges a bias of its own, not yet filled; ``factory`` is device and dtype."""
+        # Under the name that torch's layers have, but not by assignment: the property is in the way.
+        self._parameters["bias"] = nn.Parameter(torch.empty(size, **factory)) if bias else None
+
     @property
     def bias(self) -> Tensor | None:
-        """The bias, held by the last stage."""
+        """The bias, held by the last stage, or by the layer itself where it ``rearranges``."""
+        if self.rearranges:
+            return self._parameters["bias"]
         *_, last = self.stages()
         bias = last.bias
         return bias if isinstance(bias, Tensor) else None

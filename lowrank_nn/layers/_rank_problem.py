@@ -16,6 +16,8 @@ from lowrank_nn.layers._source import Source
 
 IntArray = NDArray[np.int64]
 
+_FRONT_SIZE = 200
+
 
 class Positions(NamedTuple):
     """How often a convolution's kernel is applied, in one forward.
@@ -148,3 +150,26 @@ def aligned(ranks: IntArray, limit: int, multiple: int) -> NDArray[np.bool_]:
     parts = [part for part in (multiple // 4, multiple // 2) if part]
     mask: NDArray[np.bool_] = (ranks % multiple == 0) | np.isin(ranks, parts) | (ranks == limit)
     return mask
+
+
+def spread_ranks(limit: int, multiple: int) -> IntArray:
+    """Return ranks up to ``limit``: all to 16, then in steps of 2, 4, 8 ... that grow with the rank; and the limit.
+
+    With a ``multiple``, only the aligned ones.
+    """
+    ranks = list(range(1, min(limit, 16) + 1))
+    step = 2
+    while ranks[-1] + step <= limit:
+        ranks.append(ranks[-1] + step)
+        step = min(16, max(2, 2 ** (ranks[-1].bit_length() - 4)))
+    grid = np.unique([*ranks, limit])
+    return grid[aligned(grid, limit, multiple)]
+
+
+def cheapest_front(costs: IntArray, errors: NDArray[np.float64], among: NDArray[np.bool_]) -> IntArray:
+    """Return the indices of at most 200 candidates, each with less error than all that cost no more."""
+    order = np.lexsort((errors, costs))
+    order = order[among[order]]
+    lowest = np.minimum.accumulate(errors[order])
+    front = order[np.diff(lowest, prepend=np.inf) < 0]
+    return front[np.unique(np.linspace(0, front.size - 1, min(front.size, _FRONT_SIZE)).astype(np.int64))]

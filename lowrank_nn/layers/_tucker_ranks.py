@@ -8,10 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowrank_nn.decompose import Metric, tucker2_errors, weighted_svd_errors, weighted_tucker2_errors
-from lowrank_nn.layers._rank_problem import IntArray, Positions, RankProblem, RankTable, aligned
+from lowrank_nn.layers._rank_problem import IntArray, Positions, RankProblem, RankTable, cheapest_front, spread_ranks
 from lowrank_nn.layers._source import Source
-
-_FRONT_SIZE = 200
 
 
 class TuckerProblem(RankProblem):
@@ -51,7 +49,7 @@ class TuckerProblem(RankProblem):
         Pairs that save nothing are left out, but for the lossless one at the limits. The errors are those of the fits'
         starts: a few percent too large. Of a 1 x 1 kernel the input mode is left whole: no pair beats the plain SVD.
         """
-        grids = [_grid(limit, self.multiple) for limit in self.limits]
+        grids = [spread_ranks(limit, self.multiple) for limit in self.limits]
         if self.taps == 1:
             grids[1] = grids[1][-1:]
         pairs = np.stack(np.meshgrid(*grids, indexing="ij"), axis=-1).reshape(-1, 2)
@@ -63,7 +61,7 @@ class TuckerProblem(RankProblem):
         errors = np.zeros(len(pairs))
         if small.any():
             errors = self._errors(out, inn, metric)
-        fronts = [_front(costs, errors, small) for costs in (params, macs)]
+        fronts = [cheapest_front(costs, errors, small) for costs in (params, macs)]
         # No front holds a pair that the constructor refuses: leaving one of its modes whole is cheaper and better.
         lossless = np.flatnonzero((out == self.limits[0]) & (inn == self.limits[1]))
         kept = np.unique(np.concatenate([*fronts, lossless]))
@@ -94,26 +92,3 @@ def kernel_blocks(weight: Tensor, groups: int) -> Tensor:
 def tucker_limits(out: int, inn: int, taps: int) -> tuple[int, int]:
     """Return the largest useful ranks (out, in) of a kernel."""
     return min(out, inn * taps), min(inn, out * taps)
-
-
-def _grid(limit: int, multiple: int) -> IntArray:
-    """Ranks up to ``limit``: all to 16, then in steps of 2, 4, 8 ... that grow with the rank; and the limit itself.
-
-    With a ``multiple``, only the aligned ones.
-    """
-    ranks = list(range(1, min(limit, 16) + 1))
-    step = 2
-    while ranks[-1] + step <= limit:
-        ranks.append(ranks[-1] + step)
-        step = min(16, max(2, 2 ** (ranks[-1].bit_length() - 4)))
-    grid = np.unique([*ranks, limit])
-    return grid[aligned(grid, limit, multiple)]
-
-
-def _front(costs: IntArray, errors: NDArray[np.float64], among: NDArray[np.bool_]) -> IntArray:
-    """Return the indices of at most 200 pairs, each with less error than all that cost no more."""
-    order = np.lexsort((errors, costs))
-    order = order[among[order]]
-    lowest = np.minimum.accumulate(errors[order])
-    front = order[np.diff(lowest, prepend=np.inf) < 0]
-    return front[np.unique(np.linspace(0, front.size - 1, min(front.size, _FRONT_SIZE)).astype(np.int64))]
