@@ -225,11 +225,8 @@ def _estimated_errors(tensors: Tensor, grid: list[IntArray]) -> NDArray[np.float
 def _interpolated(
     values: NDArray[np.float64], axis: int, wanted: NDArray[np.float64], known: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    def along(line: NDArray[np.float64]) -> NDArray[np.float64]:
-        between: NDArray[np.float64] = np.interp(wanted, known, line)
-        return between
-
-    return np.apply_along_axis(along, axis, values)
+    found: NDArray[np.float64] = np.apply_along_axis(lambda line: np.interp(wanted, known, line), axis, values)
+    return found
 
 
 def _unfoldings(tensors: Tensor) -> tuple[Tensor, ...]:
