@@ -12,21 +12,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
+from digits import digits, train
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import lowrank_nn as lnn
-
-
-def digits() -> tuple[TensorDataset, TensorDataset]:
-    """Return training and test set: 1,347 and 450 images of 1 x 8 x 8 pixels, shuffled with a fixed seed."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], torch.tensor(data.target)[order]
-    return TensorDataset(images[:1347], labels[:1347]), TensorDataset(images[1347:], labels[1347:])
 
 
 def small_cnn() -> nn.Module:
@@ -48,20 +38,6 @@ def small_cnn() -> nn.Module:
         nn.ReLU(),
         nn.Linear(128, 10),
     )
-
-
-def train(model: nn.Module, loader: DataLoader[tuple[Tensor, ...]], epochs: int) -> None:
-    """Train with AdamW and a one-cycle learning rate."""
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, epochs=epochs, steps_per_epoch=len(loader))
-    model.train()
-    for _ in range(epochs):
-        for images, labels in loader:
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
 
 
 @torch.no_grad()

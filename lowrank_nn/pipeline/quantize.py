@@ -131,8 +131,8 @@ class Quantize(Step):
         """
         if self.activation_bits is not None and state.calibration is None:
             raise CalibrationError(
-                "Quantize: activations need calibration batches. Pass compress_model(..., calibration=batches), or "
-                "leave activations=None to quantize weights only."
+                "Quantize: activations need calibration batches. Pass calibration=batches, or leave activations=None "
+                "to quantize weights only."
             )
         on_data = self._on_data(state)
         integers = self.weights != "bf16"

@@ -26,7 +26,7 @@ class Probe:
     report: Report
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Result:
     """A compressed model and the account of it.
 
@@ -41,3 +41,7 @@ class Result:
     report: Report
     plan: Report
     probes: tuple[Probe, ...] = ()
+
+    def __repr__(self) -> str:
+        rates = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in self.report.compression_rate.items())
+        return f"Result({type(self.model).__name__}, smaller by: {rates})"

@@ -75,11 +75,11 @@ class Latency:
     device: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """A row per layer, totals, ratios, and what was left as it was and why.
 
-    Printing it gives a table of at most 120 columns; notebooks show it as HTML.
+    Printing it, or typing its name, gives a table of at most 120 columns; notebooks show it as HTML.
 
     Attributes:
         title: ``"plan"`` or ``"result"``.
@@ -104,7 +104,7 @@ class Report:
     left: dict[str, tuple[str, ...]]
     latency: Latency | None = None
     remarks: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    choices: tuple[LayerChoices, ...] = dataclasses.field(default=(), repr=False)
+    choices: tuple[LayerChoices, ...] = ()
 
     @property
     def compression_rate(self) -> dict[str, float]:
@@ -128,6 +128,9 @@ class Report:
 
     def __str__(self) -> str:
         return render.to_text(self)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def plot(self, path: str | Path, *, cost: str = "params", most: int = 30) -> None:
         """Save a picture of each layer's candidates, error against cost, with the chosen one.

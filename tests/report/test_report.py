@@ -47,6 +47,13 @@ def test_totals_are_those_of_the_returned_model(case):
         assert cost.bytes == sum(t.numel() * t.element_size() for t in net.state_dict().values())
 
 
+def test_names_typed_at_a_prompt_show_what_matters(case):
+    _, _, result = case
+    assert repr(result.report) == str(result.report)
+    ratio = result.report.before.params / result.report.after.params
+    assert re.fullmatch(rf"Result\(\w+, smaller by: params {ratio:.2f}x, macs .*x, bytes .*x, file .*x\)", repr(result))
+
+
 def test_rows_and_the_rest_add_up(case):
     _, _, result = case
     for report in (result.report, result.plan):
