@@ -33,6 +33,8 @@ from lowrank_nn.layers import BFloat16Conv2d as BFloat16Conv2d
 from lowrank_nn.layers import BFloat16Linear as BFloat16Linear
 from lowrank_nn.layers import BinaryConv2d as BinaryConv2d
 from lowrank_nn.layers import BinaryLinear as BinaryLinear
+from lowrank_nn.layers import CirculantConv2d as CirculantConv2d
+from lowrank_nn.layers import CirculantLinear as CirculantLinear
 from lowrank_nn.layers import CodebookConv2d as CodebookConv2d
 from lowrank_nn.layers import CodebookLinear as CodebookLinear
 from lowrank_nn.layers import CompressedLayer as CompressedLayer

@@ -60,6 +60,20 @@ def dense_macs(layer: nn.Module, input_shape: Sequence[int]) -> int:
     return 0
 
 
+def fourier_macs(size: int) -> int:
+    """Return what the Fourier transform of ``size`` real numbers takes, or its inverse: 5/4 n log2 n, rounded up.
+
+    That is half the 5/2 n log2 n operations which are usually counted for fast transforms of any length.
+
+    Args:
+        size: n, how many numbers.
+
+    References:
+        Frigo, Johnson 2005, "The Design and Implementation of FFTW3".
+    """
+    return math.ceil(5 / 4 * size * math.log2(size))
+
+
 def dense_cost(layer: nn.Module, input_shape: Sequence[int]) -> Cost:
     """Return the cost of one dense layer for an input of shape ``input_shape``, from its formula."""
     return tensor_cost(layer) + Cost(macs=dense_macs(layer, input_shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from lowrank_nn.cost import fourier_macs
 
 
 class FlopCounter(TorchDispatchMode):
@@ -43,8 +46,12 @@ class FlopCounter(TorchDispatchMode):
         if result is NotImplemented:
             result = func(*args, **kwargs)
             packet = func.overloadpacket
-            if formula := FORMULAS.get(packet) or flop_registry.get(packet):
+            if formula := FORMULAS.get(packet):
                 self.flops += formula(*args, **kwargs, out_val=result)
+            elif formula := flop_registry.get(packet):
+                # A product of complex numbers is four of real ones.
+                factor = 4 if isinstance(result, Tensor) and result.is_complex() else 1
+                self.flops += factor * formula(*args, **kwargs, out_val=result)
         return result
 
 
@@ -64,10 +71,30 @@ def _dot_flops(left: Tensor, right: Tensor, **options: Any) -> int:
     return 2 * left.numel()
 
 
+def _to_frequencies_flops(x: Tensor, dim: Sequence[int], *args: Any, **options: Any) -> int:
+    return _fourier_flops(x, dim)
+
+
+def _from_frequencies_flops(x: Tensor, dim: Sequence[int], *args: Any, out_val: Tensor) -> int:
+    return _fourier_flops(out_val, dim)
+
+
+def _complex_fourier_flops(x: Tensor, dim: Sequence[int], *args: Any, **options: Any) -> int:
+    return 2 * _fourier_flops(x, dim)
+
+
+def _fourier_flops(real: Tensor, dims: Sequence[int]) -> int:
+    size = math.prod(real.shape[dim] for dim in dims)
+    return real.numel() // max(1, size) * 2 * fourier_macs(max(1, size))
+
+
 # Missing in the registry of torch 2.13, which would count them as nothing.
 FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten.mv: _matrix_vector_flops,
     torch.ops.aten.addmv: _added_matrix_vector_flops,
     torch.ops.aten.dot: _dot_flops,
+    torch.ops.aten._fft_r2c: _to_frequencies_flops,
+    torch.ops.aten._fft_c2r: _from_frequencies_flops,
+    torch.ops.aten._fft_c2c: _complex_fourier_flops,
 }

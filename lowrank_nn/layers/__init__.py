@@ -28,6 +28,8 @@ from lowrank_nn.layers.bfloat16 import BFloat16Linear as BFloat16Linear
 from lowrank_nn.layers.binary import BinaryConv2d as BinaryConv2d
 from lowrank_nn.layers.binary import BinaryLayer as BinaryLayer
 from lowrank_nn.layers.binary import BinaryLinear as BinaryLinear
+from lowrank_nn.layers.circulant import CirculantConv2d as CirculantConv2d
+from lowrank_nn.layers.circulant import CirculantLinear as CirculantLinear
 from lowrank_nn.layers.codebook import CodebookConv2d as CodebookConv2d
 from lowrank_nn.layers.codebook import CodebookLinear as CodebookLinear
 from lowrank_nn.layers.cp import CPConv2d as CPConv2d

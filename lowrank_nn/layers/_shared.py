@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,11 @@ def look_up(table: Tensor, indices: Tensor, dim: int = 0) -> Tensor:
     Args:
         table: Any tensor, with k entries along ``dim``.
         indices: Integers from 0 to k - 1, any shape.
-        dim: Along which dim.
+        dim: Along which dim, from 0.
     """
     flat = indices.reshape(-1).to(torch.int32)
     entries = table.to(widened(table.dtype)).index_select(dim, flat)
-    return entries.to(table.dtype).unflatten(dim, indices.shape)
+    return entries.to(table.dtype).reshape(*table.shape[:dim], *indices.shape, *table.shape[dim + 1 :])
 
 
 class SharedWeightLayer(LeafLayer):
@@ -65,7 +65,7 @@ class SharedWeightLayer(LeafLayer):
         # Least squares: spread is a matrix S of entries 0, 1 and -1, one per row that is not 0, so that S^T S is
         # diagonal and says how many weights a value has; the product of S^T is the derivative backward.
         ones = torch.ones(self.values.shape, dtype=wide, device=weight.device)
-        spread_ones, gather = torch.func.vjp(self.spread, ones)
+        spread_ones, gather = cast("tuple[Tensor, Any]", torch.func.vjp(self.spread, ones))
         (sums,), (counts,) = gather(weight.to(wide)), gather(spread_ones)
         self.values.copy_(sums / counts.clamp(min=1))
 

@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
     "BinaryLinear": {"training": {"frozen": False}, "binary_inputs": {"binary_inputs": True}},
     "CodebookConv2d": {"one_bit": {"bits": 1}, "eight_bits": {"bits": 8}, "linear": {"init": "linear"}},
     "CodebookLinear": {"one_bit": {"bits": 1}, "density": {"init": "density"}, "random": {"init": "random"}},
+    "CirculantConv2d": {"large": {"block_size": 8}},
     "HashedConv2d": {"eighth": {"share": 1 / 8}, "seeded": {"share": None, "buckets": 20, "seed": 3}},
     "HashedLinear": {"eighth": {"share": 1 / 8}},
     "QuantConv2d": {
