@@ -43,6 +43,8 @@ from lowrank_nn.layers import Energy as Energy
 from lowrank_nn.layers import FixedPoint as FixedPoint
 from lowrank_nn.layers import HashedConv2d as HashedConv2d
 from lowrank_nn.layers import HashedLinear as HashedLinear
+from lowrank_nn.layers import KroneckerConv2d as KroneckerConv2d
+from lowrank_nn.layers import KroneckerLinear as KroneckerLinear
 from lowrank_nn.layers import LowRankLayer as LowRankLayer
 from lowrank_nn.layers import NarrowMultiheadAttention as NarrowMultiheadAttention
 from lowrank_nn.layers import NarrowWindowAttention as NarrowWindowAttention

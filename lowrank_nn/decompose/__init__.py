@@ -8,6 +8,10 @@ from lowrank_nn.decompose.cp import cp_tensor as cp_tensor
 from lowrank_nn.decompose.epc import cp_epc as cp_epc
 from lowrank_nn.decompose.kmeans import kmeans_1d as kmeans_1d
 from lowrank_nn.decompose.kmeans import nearest_centroid as nearest_centroid
+from lowrank_nn.decompose.kronecker import balanced_shape as balanced_shape
+from lowrank_nn.decompose.kronecker import kronecker as kronecker
+from lowrank_nn.decompose.kronecker import kronecker_sum as kronecker_sum
+from lowrank_nn.decompose.kronecker import rearranged as rearranged
 from lowrank_nn.decompose.metric import Metric as Metric
 from lowrank_nn.decompose.metric import square_root as square_root
 from lowrank_nn.decompose.rounding import round_jointly as round_jointly

@@ -36,6 +36,8 @@ from lowrank_nn.layers.cp import CPConv2d as CPConv2d
 from lowrank_nn.layers.fixed_point import FixedPoint as FixedPoint
 from lowrank_nn.layers.hashed import HashedConv2d as HashedConv2d
 from lowrank_nn.layers.hashed import HashedLinear as HashedLinear
+from lowrank_nn.layers.kronecker import KroneckerConv2d as KroneckerConv2d
+from lowrank_nn.layers.kronecker import KroneckerLinear as KroneckerLinear
 from lowrank_nn.layers.narrow import narrow_module as narrow_module
 from lowrank_nn.layers.narrow import register_narrow_form as register_narrow_form
 from lowrank_nn.layers.pruned import PrunedConv2d as PrunedConv2d

