@@ -47,12 +47,14 @@ def tensor_train(
         Oseledets 2011, "Tensor-Train Decomposition"; Holtz, Rohwedder, Schneider 2012, "The Alternating Linear Scheme
         for Tensor Optimization in the Tensor Train Format".
     """
-    bonds = (1, *reachable_ranks(tensor.shape, ranks), 1)
+    reachable = reachable_ranks(tensor.shape, ranks)
     if tensor.is_meta:
-        sizes = zip(bonds, tensor.shape, bonds[1:], strict=False)
-        return [tensor.new_empty(size) for size in sizes]
+        bonds = (1, *reachable, 1)
+        return [tensor.new_empty(size) for size in zip(bonds, tensor.shape, bonds[1:], strict=False)]
     wide = tensor.to(working_dtype(tensor))
-    cores = _tt_svd(wide, bonds)
+    cores = _tt_svd(wide, ranks)
+    if tuple(core.shape[2] for core in cores[:-1]) != reachable:
+        cores = _sweep(wide, cores)  # what the cores behind cannot take goes on the way back
     if tensor.dim() > 2:
         total, kept = _energy(wide), _energy(cores[-1])
         for _ in range(sweeps):
@@ -101,7 +103,7 @@ def tensor_train_errors(tensor: Tensor, grid: Sequence[Sequence[int]]) -> Tensor
 
     What TT-SVD loses at each bond is orthogonal to what it loses at the others, so the errors of one decomposition
     after the other add up, and the ranks of the last bond come from one spectrum. Sweeps (:func:`tensor_train`) can
-    only lower them.
+    only lower them; so does the one that takes away what neighbours cannot fill.
 
     Args:
         tensor: Shape (n_1, ..., n_d), any floating dtype.
@@ -128,11 +130,13 @@ def _errors(rest: Tensor, grid: Sequence[Sequence[int]]) -> Tensor:
     return torch.stack([part + tail for part, tail in zip(parts, lost, strict=True)])
 
 
-def _tt_svd(tensor: Tensor, bonds: Sequence[int]) -> list[Tensor]:
-    cores, rest = [], tensor
-    for before, size, rank in zip(bonds, tensor.shape[:-1], bonds[1:], strict=False):
-        basis, rest = _leading(rest.reshape(before * size, -1), rank)
-        cores.append(basis.view(before, size, rank))
+def _tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    cores, rest = [], tensor[None]
+    for rank in ranks:
+        matrix = rest.flatten(0, 1).flatten(1)
+        basis, projected = _leading(matrix, min(rank, *matrix.shape))
+        cores.append(basis.reshape(*rest.shape[:2], -1))
+        rest = projected.reshape(len(projected), *rest.shape[2:])
     return [*cores, rest[:, :, None]]
 
 
@@ -151,7 +155,7 @@ def _sweep(tensor: Tensor, cores: list[Tensor]) -> list[Tensor]:
     right = [tensor.new_ones((1, 1))]  # the cores from k + 1 on, (n_{k+1} ... n_d, r_k)
     for rest in left[:0:-1]:
         best = _seen(rest, right[-1]).reshape(len(rest), -1)
-        basis = torch.linalg.qr(best.mT).Q.mT.reshape(len(rest), rest.shape[1], -1)
+        basis = torch.linalg.qr(best.mT).Q.mT.reshape(-1, rest.shape[1], right[-1].shape[1])
         right.append(torch.einsum("aib,nb->ina", basis, right[-1]).flatten(0, 1))
     better, rest = [], tensor[None]
     for behind in right[:0:-1]:

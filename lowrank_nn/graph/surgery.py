@@ -175,7 +175,7 @@ def _update(module: nn.Module, path: str, cuts: Cuts) -> None:
         if not isinstance(module, CompressedLayer):
             update_attributes(module, cuts)
             return
-        if any("." not in name for name in cuts):
+        if any("." not in name for name in cuts) and not module.rearranges:
             raise UnsupportedLayerError(
                 f"{type(module).__name__}: channels cannot be removed from a masked or quantized layer. Remove filters "
                 "before."

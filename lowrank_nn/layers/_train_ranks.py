@@ -216,10 +216,11 @@ def _estimated_errors(tensors: Tensor, grid: list[IntArray]) -> NDArray[np.float
     )
     assert isinstance(exact, Tensor)
     at_few = bound[np.ix_(*few)]
-    ratios = np.divide(exact.cpu().numpy(), at_few, out=np.ones_like(at_few), where=at_few > 0)
+    ratios = np.minimum(np.divide(exact.cpu().numpy(), at_few, out=np.ones_like(at_few), where=at_few > 0), 1.0)
     for bond, (ranks, indices) in enumerate(zip(grid, few, strict=True)):
         ratios = _interpolated(ratios, bond, np.log(ranks), np.log(ranks[indices]))
-    return bound * ratios
+    estimated: NDArray[np.float64] = bound * ratios
+    return estimated
 
 
 def _interpolated(

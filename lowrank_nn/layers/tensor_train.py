@@ -198,7 +198,6 @@ class TTLinear(TrainLayer, CompressedLinear):
         Novikov et al. 2015, "Tensorizing Neural Networks".
     """
 
-    main_options: ClassVar[tuple[str, ...]] = ("rank", "shape")
     formats: ClassVar[tuple[dict[str, Any], ...]] = ({"cores": 2}, {"cores": 3})
     rearranges: ClassVar[bool] = True
 
