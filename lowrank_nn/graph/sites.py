@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from lowrank_nn.cost.flops import FlopCounter
 from lowrank_nn.errors import PlanError, UnsupportedLayerError
-from lowrank_nn.graph.flops import FlopCounter
 from lowrank_nn.graph.inputs import call_model, describe, first_shape
 from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.layers import CompressedLayer

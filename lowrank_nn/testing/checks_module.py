@@ -13,7 +13,7 @@ import pickle
 import torch
 from torch import Tensor, nn
 
-from lowrank_nn.graph.flops import FlopCounter
+from lowrank_nn.cost.flops import FlopCounter
 from lowrank_nn.layers import CompressedLayer, Packing
 from lowrank_nn.testing._tools import TOLERANCE, built, expect, expect_close, expect_same_state, seeded
 from lowrank_nn.testing.cases import Case
@@ -88,7 +88,7 @@ def check_hooks(cls: type[CompressedLayer], case: Case) -> None:
 def check_cost(cls: type[CompressedLayer], case: Case) -> None:
     """``cost().params`` counts the stored scalars, and twice ``cost().macs`` is what torch's flop counter counts.
 
-    Of what torch counts as nothing, such as Fourier transforms, :class:`lowrank_nn.graph.flops.FlopCounter` knows more.
+    Of what torch counts as nothing, such as Fourier transforms, :class:`lowrank_nn.cost.flops.FlopCounter` knows more.
     """
     layer, x = built(cls, case), case.input(batched=True)
     cost = layer.cost(tuple(x.shape))

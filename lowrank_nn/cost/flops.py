@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from lowrank_nn.cost import fourier_macs
+from lowrank_nn.cost._dense import fourier_macs
 
 
 class FlopCounter(TorchDispatchMode):
