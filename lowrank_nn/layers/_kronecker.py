@@ -17,7 +17,7 @@ from lowrank_nn.layers._kronecker_ranks import KroneckerProblem, Shape, checked_
 from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._rank_problem import RankProblem
 from lowrank_nn.layers._ranks import RankRule, check_rank
-from lowrank_nn.layers._refine import refine_
+from lowrank_nn.layers._refine import refine_, stored_error
 from lowrank_nn.layers._source import Source, read_layer
 
 _ITERATIONS = 60
@@ -100,9 +100,9 @@ class KroneckerLayer(LowRankLayer):
         self._set(A, B)
         if metric is None or weight.is_meta or self.rank == self._full_rank:
             return
-        plain = metric.error(self.dense_weight() - weight)
+        plain = stored_error(self, weight, metric)
         self._set(*self._nearest_under_product(weight, metric))
-        if not metric.error(self.dense_weight() - weight) < plain:
+        if not stored_error(self, weight, metric) < plain:
             self._set(A, B)
         refine_(self, weight, metric, iterations=iterations)
 

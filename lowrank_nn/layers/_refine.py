@@ -27,7 +27,7 @@ def refine_(layer: CompressedLayer, weight: Tensor, metric: Metric, *, iteration
     factors = _factors(layer)
     if weight.is_meta or not factors:
         return
-    start = _error(layer, weight, metric)
+    start = stored_error(layer, weight, metric)
     if not start > 0:
         return
     wide = copy.deepcopy(layer).to(metric.mean)  # float64, on the metric's device
@@ -35,7 +35,7 @@ def refine_(layer: CompressedLayer, weight: Tensor, metric: Metric, *, iteration
     _minimise(wide, variables, metric.unfold(weight), metric, start, iterations)
     before = [factor.detach().clone() for factor in factors]
     _copy(variables, factors)
-    if not _error(layer, weight, metric) < start:  # also where an iterate is not finite
+    if not stored_error(layer, weight, metric) < start:  # also where an iterate is not finite
         _copy(before, factors)
 
 
@@ -64,7 +64,7 @@ def _factors(layer: CompressedLayer) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def _error(layer: CompressedLayer, weight: Tensor, metric: Metric) -> float:
+def stored_error(layer: CompressedLayer, weight: Tensor, metric: Metric) -> float:
     """Return the error of the layer's factors as they are stored, their product computed in float64."""
     wide = copy.deepcopy(layer).to(metric.mean)
     return metric.error(wide.dense_weight() - weight.to(metric.mean))

@@ -42,7 +42,8 @@ def check_fit_under_a_metric(cls: type[CompressedLayer], case: Case) -> None:
     # A bias takes up the change of the mean output; without one that change is part of the error.
     seen = metric if bias_of(dense) is not None else metric.with_mean()
     error, error_without = (
-        seen.error(dense_wide.get_parameter("weight") - other.dense_weight()) for other in (layer, built(cls, case))
+        seen.error(dense_wide.get_parameter("weight") - other.dense_weight())
+        for other in (wide, built(cls, case).double())
     )
     # In the metric products as large as this cancel, even where the outputs are small.
     raw = metric.with_mean().covariance.diagonal(dim1=1, dim2=2)
