@@ -60,6 +60,7 @@ from lowrank_nn.layers import SpeedUp as SpeedUp
 from lowrank_nn.layers import SplitMultiheadAttention as SplitMultiheadAttention
 from lowrank_nn.layers import SVDConv2d as SVDConv2d
 from lowrank_nn.layers import SVDLinear as SVDLinear
+from lowrank_nn.layers import TransferredConv2d as TransferredConv2d
 from lowrank_nn.layers import TTConv2d as TTConv2d
 from lowrank_nn.layers import TTLinear as TTLinear
 from lowrank_nn.layers import TuckerConv2d as TuckerConv2d

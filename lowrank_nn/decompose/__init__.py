@@ -22,6 +22,9 @@ from lowrank_nn.decompose.tensor_train import tensor_train as tensor_train
 from lowrank_nn.decompose.tensor_train import tensor_train_errors as tensor_train_errors
 from lowrank_nn.decompose.tensor_train import tt_limits as tt_limits
 from lowrank_nn.decompose.tensor_train import tt_tensor as tt_tensor
+from lowrank_nn.decompose.transferred import tap_orders as tap_orders
+from lowrank_nn.decompose.transferred import transferred_filters as transferred_filters
+from lowrank_nn.decompose.transferred import transferred_kernel as transferred_kernel
 from lowrank_nn.decompose.tucker import TuckerFactors as TuckerFactors
 from lowrank_nn.decompose.tucker import tucker2 as tucker2
 from lowrank_nn.decompose.tucker import tucker2_errors as tucker2_errors

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lowrank_nn.cost import Cost
 from lowrank_nn.layers._affine import widened
@@ -29,6 +31,23 @@ def look_up(table: Tensor, indices: Tensor, dim: int = 0) -> Tensor:
     flat = indices.reshape(-1).to(torch.int32)
     entries = table.to(widened(table.dtype)).index_select(dim, flat)
     return entries.to(table.dtype).reshape(*table.shape[:dim], *indices.shape, *table.shape[dim + 1 :])
+
+
+class ComputedBuffers(nn.Module):
+    """A layer with buffers that follow from its configuration: never saved, and filled anew where memory comes late."""
+
+    @abc.abstractmethod
+    def _fill_buffers(self) -> None:
+        """Fill the buffers that are not saved."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert or move the tensors; a layer that gets its memory only now gets what these buffers hold too."""
+        buffers = [self.get_buffer(name) for name in self._non_persistent_buffers_set]
+        was_meta = any(buffer.is_meta for buffer in buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta:
+            self._fill_buffers()
+        return self
 
 
 class SharedWeightLayer(LeafLayer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from typing_extensions import Self
 from lowrank_nn.errors import OptionError, check_whole_number
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size
-from lowrank_nn.layers._shared import SharedWeightLayer, look_up
+from lowrank_nn.layers._shared import ComputedBuffers, SharedWeightLayer, look_up
 from lowrank_nn.layers._source import read_layer
 
 _LARGEST = 2**30 - 1  # the indices, signs in them, are int32
@@ -53,7 +52,7 @@ def _mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return state
 
 
-class HashedLayer(SharedWeightLayer):
+class HashedLayer(ComputedBuffers, SharedWeightLayer):
     """Base of the hashed layers: weight i is values[bucket(i)] times sign(i), both by a hash of its place.
 
     Attributes:
@@ -76,21 +75,13 @@ class HashedLayer(SharedWeightLayer):
         self._set_up_values((buckets,), bias, **factory)
         indices = torch.empty(self.weight_shape, dtype=torch.int32, device=self.values.device)
         self.register_buffer("indices", indices, persistent=False)
-        self._fill_indices()
+        self._fill_buffers()
         self.reset_parameters()
 
-    def _fill_indices(self) -> None:
+    def _fill_buffers(self) -> None:
         if not self.indices.is_meta:
             hashed = hash_buckets(self.indices.numel(), self.buckets, self.seed)
             self.indices.copy_(torch.from_numpy(hashed).reshape(self.indices.shape))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Convert or move the tensors; a layer that gets its memory only now gets its indices too."""
-        was_meta = self.indices.is_meta
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if was_meta:
-            self._fill_indices()
-        return self
 
     @classmethod
     def from_pretrained_layer(

@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
     "SVDConv2d": {"pointwise_first": {"order": "pointwise_first"}},
     "TuckerConv2d": {"tucker1_out": {"rank": (2, None)}, "tucker1_in": {"rank": (None, 2)}},
     "CPConv2d": {"four": {"factors": 4}, "als": {"epc": False}},
+    "KroneckerConv2d": {"shape": {"shape": (2, 3), "rank": 3}},
+    "KroneckerLinear": {"shape": {"shape": (9, 2), "rank": 4}},
     "PrunedConv2d": {
         **{name: {"granularity": name} for name in ("row", "column", "kernel", "group", "shape", "channel", "filter")},
         "window": {"granularity": "window", "sparsity": 1 / 3},
@@ -40,6 +42,7 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
     "CodebookConv2d": {"one_bit": {"bits": 1}, "eight_bits": {"bits": 8}, "linear": {"init": "linear"}},
     "CodebookLinear": {"one_bit": {"bits": 1}, "density": {"init": "density"}, "random": {"init": "random"}},
     "CirculantConv2d": {"large": {"block_size": 8}},
+    "TransferredConv2d": {"flips": {"transforms": "flips"}, "two": {"share": None, "base_filters": 2}},
     "HashedConv2d": {"eighth": {"share": 1 / 8}, "seeded": {"share": None, "buckets": 20, "seed": 3}},
     "HashedLinear": {"eighth": {"share": 1 / 8}},
     "QuantConv2d": {
