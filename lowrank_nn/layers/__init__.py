@@ -49,7 +49,7 @@ from lowrank_nn.layers.split_attention import SplitMultiheadAttention as SplitMu
 from lowrank_nn.layers.svd import SVDConv2d as SVDConv2d
 from lowrank_nn.layers.svd import SVDLinear as SVDLinear
 from lowrank_nn.layers.tensor_train import TTConv2d as TTConv2d
-from lowrank_nn.layers.tensor_train import TTLinear as TTLinear
+from lowrank_nn.layers.tensor_train_linear import TTLinear as TTLinear
 from lowrank_nn.layers.transferred import TransferredConv2d as TransferredConv2d
 from lowrank_nn.layers.tucker import TuckerConv2d as TuckerConv2d
 from lowrank_nn.layers.window_attention import NarrowWindowAttention as NarrowWindowAttention

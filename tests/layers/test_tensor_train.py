@@ -267,6 +267,12 @@ def test_shapes_that_do_not_fit_are_refused(options):
         TTLinear(12, 6, rank=1, **options)
 
 
+def test_an_empty_batch_goes_through():
+    layer = TTLinear(12, 30, rank=4)
+    assert layer(torch.zeros(0, 12)).shape == (0, 30)
+    assert layer(torch.zeros(3, 0, 12)).shape == (3, 0, 30)
+
+
 def test_channels_cannot_be_removed_from_the_linear_layer():
     with pytest.raises(UnsupportedLayerError, match="TTLinear: channels cannot be removed"):
         TTLinear(12, 6, rank=2).resize_to_stages_()
