@@ -31,6 +31,8 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
     "CPConv2d": {"four": {"factors": 4}, "als": {"epc": False}},
     "KroneckerConv2d": {"shape": {"shape": (2, 3), "rank": 3}},
     "KroneckerLinear": {"shape": {"shape": (9, 2), "rank": 4}},
+    "TTConv2d": {"one_number": {"rank": 3}},
+    "TTLinear": {"two_cores": {"cores": 2, "rank": 3}, "four_cores": {"cores": 4, "rank": 2}},
     "PrunedConv2d": {
         **{name: {"granularity": name} for name in ("row", "column", "kernel", "group", "shape", "channel", "filter")},
         "window": {"granularity": "window", "sparsity": 1 / 3},
