@@ -216,6 +216,7 @@ def filters(criterion, **options):
         [lnn.FoldBatchNorm(), lnn.Equalize(), lnn.Quantize("int4")],
         [lnn.Codebook(3), lnn.FineTune([(X, torch.arange(4))], 1, guidance=["conv2"])],
         [lnn.Apply(lnn.HashedConv2d, where="conv2", share=0.5), lnn.Apply(lnn.BinaryLinear, where="fc")],
+        [lnn.Apply(lnn.TransferredConv2d, where="conv2", share=0.5), lnn.Apply(lnn.CirculantLinear, block_size=4)],
     ],
 )
 def test_a_default_device_of_the_user_changes_nothing(recipe):
