@@ -1,4 +1,4 @@
-"""What layers have in common whose weights share a few stored numbers: looking them up, and fitting them."""
+"""What layers have in common whose weights share a few stored numbers: how many, looking them up, fitting them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lowrank_nn.cost import Cost
+from lowrank_nn.errors import OptionError
 from lowrank_nn.layers._affine import widened
 from lowrank_nn.layers._leaf import LeafLayer
 from lowrank_nn.layers._shapes import draw_bias_
@@ -31,6 +32,28 @@ def look_up(table: Tensor, indices: Tensor, dim: int = 0) -> Tensor:
     flat = indices.reshape(-1).to(torch.int32)
     entries = table.to(widened(table.dtype)).index_select(dim, flat)
     return entries.to(table.dtype).reshape(*table.shape[:dim], *indices.shape, *table.shape[dim + 1 :])
+
+
+def count_or_share(cls: type[nn.Module], name: str, count: int | None, share: float | None, whole: int) -> int | None:
+    """Return how many there are to be, as a factory was told: ``count``, or a ``share`` of ``whole``, at least one.
+
+    Args:
+        cls: The class that is asked for.
+        name: Name of its option for the count.
+        count: The count; not checked.
+        share: In its place, a share above 0 and at most 1.
+        whole: What it is a share of.
+
+    Raises:
+        OptionError: Not one of both is given, or the share is another number.
+    """
+    if (count is None) == (share is None):
+        raise OptionError(f"{cls.__name__}: pass one of {name} and share, got {count!r} and {share!r}.")
+    if share is None:
+        return count
+    if not 0 < share <= 1:
+        raise OptionError(f"{cls.__name__}: share is above 0 and at most 1, got {share!r}.")
+    return max(1, round(share * whole))
 
 
 class ComputedBuffers(nn.Module):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lowrank_nn.errors import OptionError, check_whole_number
+from lowrank_nn.errors import check_whole_number
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size
-from lowrank_nn.layers._shared import ComputedBuffers, SharedWeightLayer, look_up
+from lowrank_nn.layers._shared import ComputedBuffers, SharedWeightLayer, count_or_share, look_up
 from lowrank_nn.layers._source import read_layer
 
 _LARGEST = 2**30 - 1  # the indices, signs in them, are int32
@@ -102,12 +102,7 @@ class HashedLayer(ComputedBuffers, SharedWeightLayer):
             OptionError: An option has a value that is not allowed, or not one of ``buckets`` and ``share`` is given.
         """
         source = read_layer(layer, cls)
-        if (buckets is None) == (share is None):
-            raise OptionError(f"{cls.__name__}: pass one of buckets and share, got {buckets!r} and {share!r}.")
-        if share is not None:
-            if not 0 < share <= 1:
-                raise OptionError(f"{cls.__name__}: share is above 0 and at most 1, got {share!r}.")
-            buckets = max(1, round(share * source.weight.numel()))
+        buckets = count_or_share(cls, "buckets", buckets, share, source.weight.numel())
         new = source.empty(cls, buckets=buckets, seed=seed)
         new.approximate_(source.weight)
         return source.finish(new)

@@ -18,7 +18,7 @@ from lowrank_nn.layers._affine import widened
 from lowrank_nn.layers._base import Packing, register_layer
 from lowrank_nn.layers._leaf import LeafLayer
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_bias_
-from lowrank_nn.layers._shared import ComputedBuffers
+from lowrank_nn.layers._shared import ComputedBuffers, count_or_share
 from lowrank_nn.layers._source import read_layer
 
 
@@ -139,13 +139,7 @@ class TransferredConv2d(ComputedBuffers, CompressedConv2d, LeafLayer):
                 given.
         """
         source = read_layer(layer, cls)
-        if (base_filters is None) == (share is None):
-            given = f"{base_filters!r} and {share!r}"
-            raise OptionError(f"{cls.__name__}: pass one of base_filters and share, got {given}.")
-        if share is not None:
-            if not 0 < share <= 1:
-                raise OptionError(f"{cls.__name__}: share is above 0 and at most 1, got {share!r}.")
-            base_filters = max(1, round(share * len(source.weight)))
+        base_filters = count_or_share(cls, "base_filters", base_filters, share, len(source.weight))
         new = source.empty(cls, base_filters=base_filters, transforms=transforms)
         new.approximate_(source.weight)
         return source.finish(new)
