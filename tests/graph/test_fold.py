@@ -53,6 +53,7 @@ LAYERS = {
     "cp": (lambda b: lnn.CPConv2d(4, 6, 3, bias=b, rank=5), None, None),
     "svd": (lambda b: lnn.SVDConv2d(4, 6, 3, bias=b, rank=2), None, None),
     "spatial": (lambda b: lnn.SpatialSVDConv2d(4, 6, 3, bias=b, rank=2), None, None),
+    "tensor train": (lambda b: lnn.TTConv2d(4, 6, 3, bias=b, rank=(2, 3, 2)), None, None),
     "svd linear": (lambda b: lnn.SVDLinear(5, 6, bias=b, rank=2), nn.BatchNorm1d, (7, 5)),
 }
 
@@ -70,6 +71,14 @@ def test_every_kind_of_layer_takes_up_a_norm(name, affine, bias):
     assert norms(folded) == []
     assert isinstance(folded[1], nn.Identity)
     assert_same_function(model, folded, x, 1e-10)
+
+
+@pytest.mark.parametrize("cls", [lnn.TTLinear, lnn.KroneckerLinear])
+def test_layers_that_rearrange_between_their_stages_take_up_no_norm(cls):
+    model = settled(nn.Sequential(cls(6, 6, rank=2), nn.BatchNorm1d(6)))
+    result = lnn.compress_model(model, torch.randn(5, 6), lnn.FoldBatchNorm(), progress=False)
+    assert norms(result.model)
+    assert f"no stage of {cls.__name__} has its outputs as channels" in " ".join(str(result.report).split())
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "unet"])
