@@ -200,7 +200,8 @@ class CirculantLinear(CompressedLinear, CirculantLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the blocks: ``(*, in_features)`` to ``(*, out_features)``."""
-        if not self._transforms or _somebody_changes_or_records(self.values):
+        # Of an empty batch oneMKL has no transform.
+        if not self._transforms or _somebody_changes_or_records(self.values) or input.numel() == 0:
             return F.linear(input, self.dense_weight(), self.bias)
         size, blocks = self.block_size, self.values.shape[2]
         x = F.pad(input, (0, blocks * size - self.in_features)).reshape(*input.shape[:-1], blocks, size)

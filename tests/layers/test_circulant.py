@@ -119,6 +119,11 @@ def test_what_is_kept_between_calls_follows_the_values():
     assert layer.values.grad is not None
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
+def test_empty_batches_give_empty_outputs(shape):
+    assert lnn.CirculantLinear(64, 96, block_size=32)(torch.zeros(*shape, 64)).shape == (*shape, 96)
+
+
 def test_autocast_and_tracing_put_the_weight_together():
     torch.manual_seed(0)
     layer, x = lnn.CirculantLinear(64, 64, block_size=32), torch.randn(3, 64)
