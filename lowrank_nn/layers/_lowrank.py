@@ -125,8 +125,14 @@ class LowRankLayer(CompressedLayer):
         super().resize_to_stages_()
         self.rank = self.stage_rank()
 
-    def _hold_bias(self, bias: bool, size: int, **factory: Any) -> None:
-        """Give a layer that rearranges a bias of its own, not yet filled; ``factory`` is device and dtype."""
+    def hold_bias(self, bias: bool, size: int, **factory: Any) -> None:
+        """Give a layer that ``rearranges`` a bias of its own, not yet filled.
+
+        Args:
+            bias: Whether it has one.
+            size: Number of outputs.
+            **factory: Device and dtype.
+        """
         # Under the name that torch's layers have, but not by assignment: the property is in the way.
         self._parameters["bias"] = nn.Parameter(torch.empty(size, **factory)) if bias else None
 

@@ -14,7 +14,7 @@ from lowrank_nn.decompose import Metric, reachable_ranks, tensor_train, tt_limit
 from lowrank_nn.errors import RankError
 from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._ranks import RankRule, check_rank
-from lowrank_nn.layers._refine import refine_
+from lowrank_nn.layers._refine import refine_, stored_error
 from lowrank_nn.layers._train_ranks import Folding
 
 _ITERATIONS = 60
@@ -55,12 +55,12 @@ class TrainLayer(LowRankLayer):
         self._set_trains(trains)
         if metric is None or weight.is_meta or self._holds_everything():
             return
-        plain = metric.error(self.dense_weight() - weight)
+        plain = stored_error(self, weight, metric)
         tensors, roots = folding.fold(weight), folding.roots(metric)
         self._set_trains(
             [weighted_tensor_train(tensor, root, self.rank) for tensor, (root, _) in zip(tensors, roots, strict=True)]
         )
-        if not metric.error(self.dense_weight() - weight) < plain:
+        if not stored_error(self, weight, metric) < plain:
             self._set_trains(trains)
         refine_(self, weight, metric, iterations=iterations)
 

@@ -84,7 +84,7 @@ class KroneckerConv2d(KroneckerLayer, CompressedConv2d):
         (out, slices), (inner_out, inner_in) = self.shape, self._rest
         self.inner = self.make_spatial(groups * inner_in, groups * self.rank * inner_out, bias=False, **factory)
         self.outer = self.make_pointwise(groups * self.rank * slices, groups * out, bias=False, **factory)
-        self._hold_bias(bias, out_channels, **factory)
+        self.hold_bias(bias, out_channels, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -170,7 +170,7 @@ class KroneckerLinear(KroneckerLayer, CompressedLinear):
         (out, slices), (inner_out, inner_in) = self.shape, self._rest
         self.inner = nn.Linear(inner_in, self.rank * inner_out, bias=False, **factory)
         self.outer = nn.Linear(self.rank * slices, out, bias=False, **factory)
-        self._hold_bias(bias, out_features, **factory)
+        self.hold_bias(bias, out_features, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

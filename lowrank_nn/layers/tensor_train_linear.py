@@ -79,7 +79,7 @@ class TTLinear(TrainLayer, CompressedLinear):
         self.shape: Shape = resolve_shape(self.weight_shape, shape, cores)
         self.cores = len(self.shape[0])
         self.rank = check_ranks(type(self).__name__, rank, self.folding().shape)
-        self._hold_bias(bias, out_features, device=device, dtype=dtype)
+        self.hold_bias(bias, out_features, device=device, dtype=dtype)
         bonds = (1, *self.rank, 1)
         for k, (out, inn) in enumerate(zip(*self.shape, strict=True)):
             core = nn.Linear(inn * bonds[k + 1], bonds[k] * out, bias=False, device=device, dtype=dtype)
