@@ -164,7 +164,7 @@ class _Trial:
         with masked_units(model, removals), NormaliseKept(model, cuts), StandardiseKept(model, cuts):
             expected = [run() for _, run in runs]
         for (mode, _), before, after in zip(runs, expected, got, strict=True):
-            problem = _difference(before, after, cuts)
+            problem = _difference(_cut(before, cuts), after)
             if problem:
                 return f"{problem} {mode} differ from those with the same channels held at zero"
         return ""
@@ -233,15 +233,21 @@ def _gradients(model: nn.Module, outputs: Sequence[Tensor]) -> dict[str, Tensor]
     return {name: gradient for name, gradient in zip(trained, found, strict=True) if gradient is not None}
 
 
-def _difference(expected: _Run, got: _Run, cuts: Cuts) -> str:
+def _cut(run: _Run, cuts: Cuts) -> _Run:
+    """Leave out, in place, what the smaller model does not have."""
+    for named in (run.gradients, run.buffers):
+        for name, tensor in named.items():
+            named[name] = cut_tensor(tensor, cuts.get(name, {}))
+    return run
+
+
+def _difference(expected: _Run, got: _Run) -> str:
     """Return what differs between two runs, in words: the first kind of several."""
     if not _agree(dict(enumerate(expected.outputs)), dict(enumerate(got.outputs))):
         return "the outputs"
-    kinds = {"the gradients": (expected.gradients, got.gradients), "the buffers": (expected.buffers, got.buffers)}
-    for what, (before, after) in kinds.items():
-        if not _agree({name: cut_tensor(tensor, cuts.get(name, {})) for name, tensor in before.items()}, after):
-            return what
-    return ""
+    if not _agree(expected.gradients, got.gradients):
+        return "the gradients"
+    return "" if _agree(expected.buffers, got.buffers) else "the buffers"
 
 
 def _agree(expected: Mapping[Any, Tensor], got: Mapping[Any, Tensor]) -> bool:

@@ -106,8 +106,10 @@ class FilterRemoval:
             state.pruned = (smaller, recording)
         else:
             widths = shared_widths([removal.group for removal in removals], named_tensors(state.model))
-            chosen = self._chosen_now(state, removals)
-            proof = _proof(state, state.model, chosen, widths)
+            if changed_since_given(state):
+                proof = _proof(state, state.model, self._chosen_now(state, removals), widths)
+            else:  # the plan has proven it of the same numbers, if it was not after a budget
+                proof = self._prove(state, state.model, removals, widths)
             for name, reason in proof.refused.items():
                 state.remark(_producers(_named(removals, name))[0], f"Prune: filters put back: {reason}")
             if proof.untested:
@@ -194,12 +196,13 @@ class FilterRemoval:
     def _prove(
         self, state: State, model: nn.Module, removals: Sequence[Removal], widths: Sequence[SharedWidth]
     ) -> Proof:
-        return _cached(state, ("proof", *removals), lambda: _proof(state, model, removals, widths))
+        proof = _cached(state, ("proof", *removals), lambda: _proof(state, model, removals, widths))
+        if proof.refused:  # the others were proven together
+            _cached(state, ("proof", *proof.proven), lambda: dataclasses.replace(proof, refused={}))
+        return proof
 
     def _chosen_now(self, state: State, removals: Sequence[Removal]) -> list[Removal]:
         """Return as many units of each group, chosen by the weights as they are now."""
-        if not changed_since_given(state):
-            return list(removals)
         scores = self._scores(state, state.model, [removal.group for removal in removals])
         return [
             Removal(r.group, least_important(scores[r.group.name], len(r.units)) if r.group.name in scores else r.units)

@@ -1,6 +1,7 @@
 """Prune(granularity="filter"): smaller layers, proven, planned, within budgets; the given model is left alone."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 import lowrank_nn as lnn
 from lowrank_nn.errors import BudgetError, CalibrationError, OptionError, PlanError
 from lowrank_nn.graph import model_cost, record
+from lowrank_nn.graph.proof import prove
 from tests.graph.hand_groups import chain_groups
 from tests.zoo._seeded import seeded
 
@@ -262,3 +264,39 @@ def test_groups_that_fail_at_the_share_of_a_budget_stay(net):
     check(net, result)
     in_fours = lnn.Prune(granularity="filter", round_to=4)
     assert run(net, in_fours, budget=lnn.Budget(params=0.7)).model[3].out_channels < 24
+
+
+@pytest.mark.parametrize(
+    ("recipe", "proofs"),
+    [
+        ([lnn.Prune(0.5, granularity="filter")], 1),
+        ([lnn.Equalize(), lnn.Prune(0.5, granularity="filter")], 2),  # of other numbers than the plan's
+        ([lnn.Prune(0.3, granularity="filter"), lnn.Prune(0.3, granularity="filter")], 3),
+    ],
+)
+def test_numbers_that_the_plan_proved_are_not_proven_twice(net, monkeypatch, recipe, proofs):
+    proven = []
+
+    def watched(model, removals, inputs, **options):
+        found = prove(model, removals, inputs, **options)
+        proven.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return found
+
+    monkeypatch.setattr("lowrank_nn.pipeline.filters.prove", watched)
+    result = run(net, recipe)
+    check(net, result)
+    assert len(proven) == proofs
+    if proofs == 1:
+        assert all(tensor.equal(proven[0][name]) for name, tensor in net.state_dict().items())
+
+
+def test_what_the_plan_refused_does_not_go(net, monkeypatch):
+    def all_but_one(model, removals, inputs, **options):
+        found = prove(model, removals, inputs, **options)
+        kept = tuple(removal for removal in found.proven if removal.group.name != "3")
+        return dataclasses.replace(found, proven=kept, refused={"3": "no reason"} if len(kept) < len(removals) else {})
+
+    monkeypatch.setattr("lowrank_nn.pipeline.filters.prove", all_but_one)
+    result = run(net, lnn.Prune(0.5, granularity="filter"))
+    assert widths(result.model) == [8, 24, 10, 4]
+    assert result.report.remarks["Prune: all output channels stay: no reason"] == ("3",)
