@@ -54,7 +54,7 @@ def remove_units(model: nn.Module, removals: Sequence[Removal]) -> Callable[[], 
     Raises:
         PlanError: The model has no such tensor, a tensor would be emptied, or groups of a convolution would differ in
             size. The model is as it was.
-        UnsupportedLayerError: A layer cannot be cut (a masked or quantized one); the model is as it was.
+        UnsupportedLayerError: A layer cannot be cut (a masked or quantized one, say); the model is as it was.
         RankError: A low-rank layer would have a rank above what its new size admits; the model is as it was.
     """
     tensors = named_tensors(model)
@@ -177,8 +177,8 @@ def _update(module: nn.Module, path: str, cuts: Cuts) -> None:
             return
         if any("." not in name for name in cuts) and not module.rearranges:
             raise UnsupportedLayerError(
-                f"{type(module).__name__}: channels cannot be removed from a masked or quantized layer. Remove filters "
-                "before."
+                f"{type(module).__name__}: channels cannot be removed from a layer that holds its weight in a form of its "
+                "own (masked, quantized, shared, ...). Remove filters before."
             )
         module.resize_to_stages_()
         type(module).empty(device="meta", dtype=None, **module.config())  # raises where no such layer can be built
