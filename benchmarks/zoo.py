@@ -3,7 +3,7 @@
 python benchmarks/zoo.py --jobs 2 > table.md
 python benchmarks/zoo.py resnet18 timm/convnext_atto
 
-Random weights, small images. Every model goes through in a process of its own:
+Random weights, small images. Every model goes through each part in a process of its own:
 
 low-rank: every convolution and linear layer that a low-rank format can carry is replaced at full rank; the outputs have
 to agree to 1e-4 of the largest (and how many layers are replaced, of how many the model calls);
@@ -21,11 +21,11 @@ import concurrent.futures
 import copy
 import importlib
 import json
-import resource
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -140,26 +140,33 @@ def filters(model: nn.Module, images: Tensor) -> str:
     return f"{100 * gone:.1f} % fewer parameters"
 
 
-def one(name: str) -> dict[str, Any]:
-    """Put one model through both parts."""
+PARTS: dict[str, Callable[[nn.Module, Tensor], str]] = {"low_rank": low_rank, "filters": filters}
+
+
+def one(name: str, part: str) -> dict[str, Any]:
+    """Put one model through one part."""
     warnings.simplefilter("ignore")
     model, images = build(name)
-    row: dict[str, Any] = {"name": name, "params": count(model)}
-    for part in (low_rank, filters):
-        start = time.perf_counter()
-        try:
-            row[part.__name__] = [True, part(model, images)]
-        except Exception as error:
-            row[part.__name__] = [False, f"{type(error).__name__}: {error}".split("\n")[0]]
-        row[part.__name__].append(time.perf_counter() - start)
-    row["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    start = time.perf_counter()
+    try:
+        found = [True, PARTS[part](model, images)]
+    except Exception as error:
+        found = [False, f"{type(error).__name__}: {error}".split("\n")[0]]
+    return {"params": count(model), part: [*found, time.perf_counter() - start]}
+
+
+def in_processes(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Put one model through, each part in a process of its own."""
+    row = {"name": name}
+    for part in PARTS:
+        row |= in_a_process(name, part, arguments)
     return row
 
 
-def in_a_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Put one model through in a process of its own."""
+def in_a_process(name: str, part: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Put one model through one part in a process of its own."""
     before = ["--before", arguments.before] if arguments.before else []
-    command = [sys.executable, __file__, "--only", name, *before]
+    command = [sys.executable, __file__, "--only", name, part, *before]
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=arguments.timeout)
         return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -167,13 +174,13 @@ def in_a_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         problem = f"not done in {arguments.timeout} s"
     except (json.JSONDecodeError, IndexError):
         problem = f"the process ended: {done.stderr.splitlines()[-1] if done.stderr else done.returncode}"
-    return {"name": name, "low_rank": [False, problem, 0.0], "filters": [False, problem, 0.0]}
+    return {part: [False, problem, 0.0]}
 
 
 def line(row: dict[str, Any]) -> str:
     """Return one row of the table."""
     cells = [row["name"], f"{row.get('params', 0) / 1e6:.1f} M"]
-    for part in ("low_rank", "filters"):
+    for part in PARTS:
         passed, text, seconds = row[part]
         cells += [("yes: " if passed else "NO: ") + text.replace("|", "/")[:160], f"{seconds:.0f}"]
     return "| " + " | ".join(cells) + " |"
@@ -186,20 +193,20 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--timeout", type=int, default=900, help="seconds for one model")
     parser.add_argument("--before", metavar="MODULE", help="module to import before torchvision")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.before:
         importlib.import_module(arguments.before)
     if arguments.only:
-        print(json.dumps(one(arguments.only)))
+        print(json.dumps(one(*arguments.only)))
         return
     print("| model | parameters | low-rank at full rank | s | 30 % of the filters removed | s |\n|" + " --- |" * 6)
     rows = []
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        for row in pool.map(lambda name: in_a_process(name, arguments), arguments.models or names()):
+        for row in pool.map(lambda name: in_processes(name, arguments), arguments.models or names()):
             rows.append(row)
             print(line(row), flush=True)
-    for part in ("low_rank", "filters"):
+    for part in PARTS:
         passed = sum(row[part][0] for row in rows)
         print(f"\n{part}: {passed} of {len(rows)} ({100 * passed / len(rows):.0f} %)")
 
