@@ -69,7 +69,8 @@ def tt_tensor(cores: Sequence[Tensor]) -> Tensor:
     """Return the tensor (n_1, ..., n_d) of a train of cores (r_{k-1}, n_k, r_k); differentiable."""
     product = cores[0].squeeze(0)
     for core in cores[1:]:
-        product = torch.tensordot(product, core, dims=1)
+        # No tensordot, which refuses the product of an autocast and a core in another dtype.
+        product = (product @ core.flatten(1)).reshape(*product.shape[:-1], *core.shape[1:])
     return product.squeeze(-1)
 
 

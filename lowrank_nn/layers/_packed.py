@@ -56,20 +56,23 @@ def may_use_kernel(layer: nn.Module, x: Tensor) -> bool:
     """
     if layer.training or torch.compiler.is_compiling():
         return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # of torch.func: it may have wrapped the parameters
+        return False
     if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled() and (x.requires_grad or _has_gradient(layer)):
         return False
     if type(x) is Deferred:
         return True
-    if torch._C._is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if torch._C._is_tracing():
         return False
     return type(x) is Tensor and x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0
 
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether a tensor is a map in channels-last order and in no other."""
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    # Not by is_contiguous(memory_format=...), which torch.func.vmap refuses.
+    return x.dim() == 4 and not x.is_contiguous() and x.permute(0, 2, 3, 1).is_contiguous()
 
 
 def _has_gradient(layer: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lowrank_nn.cost import Cost
-from lowrank_nn.errors import OptionError
+from lowrank_nn.errors import OptionError, is_share
 from lowrank_nn.layers._affine import widened
 from lowrank_nn.layers._leaf import LeafLayer
 from lowrank_nn.layers._shapes import draw_bias_
@@ -51,7 +51,7 @@ def count_or_share(cls: type[nn.Module], name: str, count: int | None, share: fl
         raise OptionError(f"{cls.__name__}: pass one of {name} and share, got {count!r} and {share!r}.")
     if share is None:
         return count
-    if not 0 < share <= 1:
+    if not is_share(share):
         raise OptionError(f"{cls.__name__}: share is above 0 and at most 1, got {share!r}.")
     return max(1, round(share * whole))
 

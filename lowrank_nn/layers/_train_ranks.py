@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Shape = tuple[tuple[int, ...], tuple[int, ...]]
 
 _CORES = 3
+_MOST_CORES = 31  # tensors have at most 64 axes, and the weight is folded into two for each core
 _COMBINATIONS = 200_000  # of ranks in a table, at most
 _EXACT = 5  # ranks of each bond at which the error of TT-SVD is computed
 _FITTED = 3  # ranks that are fitted for a table under a metric
@@ -258,22 +259,24 @@ def linear_folding(shape: Shape) -> Folding:
 def resolve_shape(weight_shape: tuple[int, int], shape: Sequence[Sequence[int]] | None, cores: int | None) -> Shape:
     """Return the factors of outputs and inputs, as asked for or as equal as they can be."""
     if cores is not None:
-        check_whole_number("TTLinear: cores", cores, 2)
+        check_whole_number("TTLinear: cores", cores, 2, _MOST_CORES)
     if shape is None:
         outputs, inputs = (_equal_factors(size, cores or _CORES) for size in weight_shape)
         return outputs[::-1], inputs
-    found = tuple(tuple(factors) for factors in shape)
+    found = [list(factors) for factors in shape] if _is_nested(shape) else []
     fitting = len(found) == 2 and len(found[0]) == len(found[1]) == (cores or len(found[0])) > 1
-    if (
-        not fitting
-        or any(factor < 1 for factors in found for factor in factors)
-        or weight_shape != tuple(math.prod(factors) for factors in found)
-    ):
+    whole = all(isinstance(f, int) and not isinstance(f, bool) and f > 0 for factors in found for f in factors)
+    if not fitting or not whole or weight_shape != tuple(math.prod(factors) for factors in found):
         raise OptionError(
-            f"TTLinear: shape must be ((o_1, ..., o_d), (i_1, ..., i_d)) with products {weight_shape[0]} and "
-            f"{weight_shape[1]} and d = {cores or '2 or more'}, got {shape!r}. Leave it out for nearly equal factors."
+            "TTLinear: shape must be ((o_1, ..., o_d), (i_1, ..., i_d)), whole numbers with products "
+            f"{weight_shape[0]} and {weight_shape[1]} and d = {cores or '2 or more'}, got {shape!r}. Leave it out for "
+            "nearly equal factors."
         )
-    return found[0], found[1]
+    return tuple(found[0]), tuple(found[1])
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(part, Sequence) for part in value)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -198,10 +198,19 @@ class CirculantLinear(CompressedLinear, CirculantLayer):
         super().__init__(in_features, out_features)
         self._set_up(bias, block_size, device=device, dtype=dtype)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set train or eval mode; the transform of the values is not kept any longer.
+
+        Changes of a parameter through its ``.data`` do not show in it. So they count from the next call of this on.
+        """
+        RESPONSES.forget(self)
+        return super().train(mode)
+
     def forward(self, input: Tensor) -> Tensor:
         """Apply the blocks: ``(*, in_features)`` to ``(*, out_features)``."""
+        transforms = self._transforms and input.dtype == self.values.dtype
         # Of an empty batch oneMKL has no transform.
-        if not self._transforms or _somebody_changes_or_records(self.values) or input.numel() == 0:
+        if not transforms or _somebody_changes_or_records(self.values) or input.numel() == 0:
             return F.linear(input, self.dense_weight(), self.bias)
         size, blocks = self.block_size, self.values.shape[2]
         x = F.pad(input, (0, blocks * size - self.in_features)).reshape(*input.shape[:-1], blocks, size)

@@ -119,6 +119,33 @@ def test_what_is_kept_between_calls_follows_the_values():
     assert layer.values.grad is not None
 
 
+def test_changes_of_the_data_count_once_eval_is_called():
+    torch.manual_seed(0)
+    layer, x = lnn.CirculantLinear(64, 64, block_size=32, bias=False).eval(), torch.randn(3, 64)
+    with torch.no_grad():
+        before = layer(x)
+        layer.values.data.mul_(2)  # as averages of models and older optimizers do; no version shows it
+        torch.testing.assert_close(layer.eval()(x), 2 * before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_ensembles_by_vmap(training, gradients):
+    torch.manual_seed(0)
+    layers = [lnn.CirculantLinear(64, 64, block_size=32).train(training) for _ in range(3)]
+    x = torch.randn(2, 64)
+    with torch.set_grad_enabled(gradients):
+        together = torch.func.vmap(lambda *state: torch.func.functional_call(layers[0], state, (x,)))(
+            *torch.func.stack_module_state(layers)
+        )
+        torch.testing.assert_close(together, torch.stack([layer(x) for layer in layers]))
+
+
+def test_other_dtypes_are_refused_as_by_dense_layers():
+    with pytest.raises(RuntimeError, match="dtype"):
+        lnn.CirculantLinear(64, 64, block_size=32)(torch.ones(2, 64, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
 def test_empty_batches_give_empty_outputs(shape):
     assert lnn.CirculantLinear(64, 96, block_size=32)(torch.zeros(*shape, 64)).shape == (*shape, 96)

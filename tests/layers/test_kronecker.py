@@ -130,6 +130,15 @@ def test_costs_by_hand():
     assert linear.cost((7, 64)).params == 5 * (16 * 8 + 3 * 8) + 48
 
 
+def test_ensembles_of_convolutions_by_vmap():
+    layers = [KroneckerConv2d(8, 12, 3, rank=2) for _ in range(2)]
+    x = torch.randn(3, 8, 6, 6)
+    together = torch.func.vmap(lambda *state: torch.func.functional_call(layers[0], state, (x,)))(
+        *torch.func.stack_module_state(layers)
+    )
+    torch.testing.assert_close(together, torch.stack([layer(x) for layer in layers]))
+
+
 def test_stages_are_called_with_the_shapes_that_it_says():
     model = nn.Sequential(
         KroneckerConv2d(8, 12, 3, stride=2, rank=3, shape=(4, 2)),

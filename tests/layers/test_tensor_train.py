@@ -259,12 +259,26 @@ def test_sizes_are_split_into_nearly_equal_factors(features, cores, shape):
         {"shape": ((6,), (12,))},
         {"shape": ((2, 3), (3, 4)), "cores": 3},
         {"shape": ((-2, -3), (3, 4))},
+        {"shape": 2},
+        {"shape": (2, 3)},
+        {"shape": ("23", "34")},
+        {"shape": ((2.0, 3), (3, 4))},
+        {"shape": ((True, 6), (3, 4))},
         {"cores": 1},
+        {"cores": 1000},
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(options):
     with pytest.raises(OptionError, match=r"TTLinear: (shape must be|cores)"):
         TTLinear(12, 6, rank=1, **options)
+
+
+def test_the_weight_can_be_read_under_autocast():
+    layer = TTLinear(12, 30, rank=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weight = layer.weight
+    assert weight.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.float(), layer.weight, rtol=0.05, atol=0.02)
 
 
 def test_an_empty_batch_goes_through():

@@ -77,6 +77,7 @@ def test_steps_take_shares():
         ({}, "pass one of base_filters and share, got None and None"),
         ({"base_filters": 3, "share": 0.5}, "got 3 and 0.5"),
         ({"share": 0}, "share is above 0 and at most 1, got 0"),
+        ({"share": "half"}, "share is above 0 and at most 1, got 'half'"),
         ({"base_filters": 17}, "base_filters must be a whole number from 1 to 16, got 17"),
         ({"base_filters": 3, "transforms": "turns"}, "transforms is one of 'dihedral', 'flips', 'none', got 'turns'"),
     ],
