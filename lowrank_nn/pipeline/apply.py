@@ -136,9 +136,9 @@ def decide_layer(
         new = build(decision, site.layer, stand_ins or {})
     except (UnsupportedLayerError, RankError) as error:
         return Decision(site.path, None, note=error.message)
-    if not _saves(site, new):
+    if why := _not_worth_it(site, new):
         shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        return Decision(site.path, None, note=f"{cls.__name__}({shown}) would save nothing")
+        return Decision(site.path, None, note=f"{cls.__name__}({shown}) {why}")
     return decision
 
 
@@ -188,12 +188,17 @@ def _with_rank(state: State, site: Site, cls: type[CompressedLayer], options: di
     )
 
 
-def _saves(site: Site, new: CompressedLayer) -> bool:
-    """Whether ``new`` has fewer params, MACs, bytes or nonzeros, and more of neither params nor MACs."""
+def _not_worth_it(site: Site, new: CompressedLayer) -> str:
+    """Return why ``new`` does not replace the layer; empty if it saves something and takes no more params or MACs.
+
+    What it may save are params, MACs, bytes or nonzeros.
+    """
     old = [layer_cost(site.layer, call.input_shape) for call in site.calls]
     now = [new.cost(call.input_shape) for call in site.calls]
     macs_before, macs_after = sum(cost.macs for cost in old), sum(cost.macs for cost in now)
-    if now[0].params > old[0].params or macs_after > macs_before:
-        return False
     smaller = now[0].params < old[0].params or now[0].bytes < old[0].bytes or now[0].nonzeros < old[0].nonzeros
-    return smaller or macs_after < macs_before
+    if not smaller and macs_after >= macs_before:
+        return "would save nothing"
+    if now[0].params > old[0].params:
+        return f"would take {now[0].params:,} params in place of {old[0].params:,}"
+    return f"would take {macs_after:,} MACs in place of {macs_before:,}" if macs_after > macs_before else ""

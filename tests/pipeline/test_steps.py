@@ -87,6 +87,14 @@ def test_what_saves_nothing_stays_dense(net):
     assert result.report.after == result.report.before
 
 
+def test_fewer_parameters_at_more_operations_leave_the_layer_and_say_so():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    result = lnn.compress_model(model, torch.ones(1, 64), lnn.Apply(lnn.TTLinear, cores=2, rank=8))
+    assert type(result.model[0]) is nn.Linear
+    macs = 8 * (8 * 8 * 8 + 8 * 8 * 8)  # each core, of 8 x 8 blocks, is applied to 8 slices
+    assert f"would take {macs:,} MACs in place of 4,096" in reason(result.report, "0")
+
+
 def test_ranks_out_of_range_leave_the_layer_and_say_so(net):
     result = run(net, lnn.Apply(lnn.SVDLinear, where="fc", rank=99))
     assert type(result.model.fc) is nn.Linear
