@@ -14,6 +14,7 @@ from lowrank_nn.graph.surgery import named_tensors
 from lowrank_nn.graph.swap import replace_module
 from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.layers._packed import is_channels_last
+from lowrank_nn.layers._shared import ComputedBuffers
 
 
 def stand_in(dense: nn.Module, replaced: Mapping[str, CompressedLayer]) -> nn.Module:
@@ -38,7 +39,7 @@ def with_numbers(bare: nn.Module, given: nn.Module, *, fit: bool = True) -> nn.M
 
     Tensors come from ``given`` where it has one of that name and shape, and compressed layers are made anew from the
     weight that stands in their place there. Of what is left, parameters (the bias of a layer that took up a norm) are
-    zero, and buffers (masks, steps between integers) one.
+    zero, and buffers (masks, steps between integers) one, unless they follow from the layer's configuration.
 
     Args:
         bare: The model without numbers: ``given`` after steps of a recipe, on the meta device.
@@ -71,6 +72,8 @@ def _is_inside(name: str, path: str) -> bool:
 
 def _make_from(layer: CompressedLayer, given: nn.Module, path: str, fit: bool) -> None:
     """Fill a compressed layer from the layer that stands in its place, and a part of another one at random."""
+    if isinstance(layer, ComputedBuffers):
+        layer.fill_buffers()
     layer.reset_parameters()
     source = dict(given.named_modules(remove_duplicate=False)).get(path)
     if source is None or not fit:
@@ -91,6 +94,8 @@ def _with_values(layer: CompressedLayer, dense: nn.Module) -> CompressedLayer:
     for buffer in new.buffers():
         buffer.fill_(True)  # masks keep everything, scales and zero points are one
     for module in new.modules():  # the layer first, then the leaves inside it that are compressed themselves
+        if isinstance(module, ComputedBuffers):
+            module.fill_buffers()
         if isinstance(module, CompressedLayer):
             module.reset_parameters()
     # With torch's default weights activations may shrink from layer to layer until they are denormal, which is slow.

@@ -60,8 +60,8 @@ class ComputedBuffers(nn.Module):
     """A layer with buffers that follow from its configuration: never saved, and filled anew where memory comes late."""
 
     @abc.abstractmethod
-    def _fill_buffers(self) -> None:
-        """Fill the buffers that are not saved."""
+    def fill_buffers(self) -> None:
+        """Fill the buffers that are not saved; whoever fills the memory of a layer otherwise calls it."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert or move the tensors; a layer that gets its memory only now gets what these buffers hold too."""
@@ -69,7 +69,7 @@ class ComputedBuffers(nn.Module):
         was_meta = any(buffer.is_meta for buffer in buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_meta:
-            self._fill_buffers()
+            self.fill_buffers()
         return self
 
 

@@ -75,10 +75,11 @@ class HashedLayer(ComputedBuffers, SharedWeightLayer):
         self._set_up_values((buckets,), bias, **factory)
         indices = torch.empty(self.weight_shape, dtype=torch.int32, device=self.values.device)
         self.register_buffer("indices", indices, persistent=False)
-        self._fill_buffers()
+        self.fill_buffers()
         self.reset_parameters()
 
-    def _fill_buffers(self) -> None:
+    def fill_buffers(self) -> None:
+        """Compute indices and signs from the hash."""
         if not self.indices.is_meta:
             hashed = hash_buckets(self.indices.numel(), self.buckets, self.seed)
             self.indices.copy_(torch.from_numpy(hashed).reshape(self.indices.shape))

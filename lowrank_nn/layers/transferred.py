@@ -101,7 +101,7 @@ class TransferredConv2d(ComputedBuffers, CompressedConv2d, LeafLayer):
         self.register_buffer("indices", torch.zeros(out_channels, dtype=torch.int32, device=device))
         orders = torch.empty(self._tap_orders().shape, dtype=torch.int64, device=device)
         self.register_buffer("orders", orders, persistent=False)
-        self._fill_buffers()
+        self.fill_buffers()
         self.reset_parameters()
 
     def _tap_orders(self) -> Tensor:
@@ -110,7 +110,8 @@ class TransferredConv2d(ComputedBuffers, CompressedConv2d, LeafLayer):
         except OptionError as error:
             raise OptionError(f"{type(self).__name__}: {error.message}") from None
 
-    def _fill_buffers(self) -> None:
+    def fill_buffers(self) -> None:
+        """Compute the orders of the taps."""
         if not self.orders.is_meta:
             self.orders.copy_(self._tap_orders())
 

@@ -7,7 +7,16 @@ from torch import nn
 from lowrank_nn.graph import record, replace_module
 from lowrank_nn.graph.derive import meta_copy
 from lowrank_nn.graph.stand_in import stand_in, with_numbers
-from lowrank_nn.layers import PrunedConv2d, QuantConv2d, QuantLinear, SVDConv2d, SVDLinear, TuckerConv2d
+from lowrank_nn.layers import (
+    HashedConv2d,
+    PrunedConv2d,
+    QuantConv2d,
+    QuantLinear,
+    SVDConv2d,
+    SVDLinear,
+    TransferredConv2d,
+    TuckerConv2d,
+)
 from tests.storage.models import seeded
 
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
@@ -49,6 +58,20 @@ def test_outputs_keep_their_size(net):
         net[3].weight.mul_(100)
         large = stand_in(net, {"3": tucker()})[:4](X).std() / net[:4](X).std()
     assert 0.2 < large < 5
+
+
+@pytest.mark.parametrize("cls", [HashedConv2d, TransferredConv2d])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_buffers_that_follow_from_the_configuration_are_computed(cls, kernel_size):
+    given = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, kernel_size), nn.ReLU())).eval()
+    layer = cls.from_pretrained_layer(given[0], share=0.5)
+    bare = replace_module(meta_copy(given), "0", meta_copy(layer))
+    torch.testing.assert_close(with_numbers(bare, given)[0].weight, layer.weight)
+    buffers = dict(layer.named_buffers())
+    for name, buffer in stand_in(given, {"0": meta_copy(layer)})[0].named_buffers():
+        if name != "indices":  # those of transferred filters are a choice
+            assert torch.equal(buffer, buffers[name])
+    assert stand_in(given, {"0": meta_copy(layer)})(X).isfinite().all()
 
 
 def test_every_kind_of_layer_gets_values(net):
