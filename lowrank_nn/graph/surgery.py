@@ -177,8 +177,8 @@ def _update(module: nn.Module, path: str, cuts: Cuts) -> None:
             return
         if any("." not in name for name in cuts) and not module.rearranges:
             raise UnsupportedLayerError(
-                f"{type(module).__name__}: channels cannot be removed from a layer that holds its weight in a form of its "
-                "own (masked, quantized, shared, ...). Remove filters before."
+                f"{type(module).__name__}: channels cannot be removed from a layer that holds its weight in a form of "
+                "its own (masked, quantized, shared, ...). Remove filters before."
             )
         module.resize_to_stages_()
         type(module).empty(device="meta", dtype=None, **module.config())  # raises where no such layer can be built
