@@ -57,6 +57,12 @@ class IntegerLayer(QuantizedInputLayer):
             return y
         return Deferred(Product(PairedLayer(self.geometry(), self.output_range), Given(y, True), tuple(y.shape), True))
 
+    def train(self, mode: bool = True) -> Self:
+        """Set train or eval mode; training may change the bias through its ``.data``, which nothing shows."""
+        if mode:
+            KERNELS.forget(self)
+        return super().train(mode)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         KERNELS.forget(self)  # the tensors are about to be moved or cast
         result: Any = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -100,6 +100,12 @@ class BFloat16Layer(LeafLayer):
     def make_kernel(self) -> Callable[[Tensor], Tensor]:
         """Return a function of float32 inputs on bfloat16 kernels, with the weight packed."""
 
+    def train(self, mode: bool = True) -> Self:
+        """Set train or eval mode; training may change the bias through its ``.data``, which nothing shows."""
+        if mode:
+            KERNELS.forget(self)
+        return super().train(mode)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         KERNELS.forget(self)  # the tensors are about to be moved or cast
         kernel = self.kernel

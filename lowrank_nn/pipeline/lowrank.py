@@ -227,9 +227,10 @@ class LowRank(Step):
 def _low_rank_classes(formats: Any) -> tuple[type[LowRankLayer], ...]:
     classes = tuple(formats) if isinstance(formats, Iterable) else (formats,)
     wrong = [cls for cls in classes if not (isinstance(cls, type) and issubclass(cls, LowRankLayer))]
-    if wrong:
+    if wrong or not classes:
         known = ", ".join(name for name, cls in LAYERS.items() if issubclass(cls, LowRankLayer))
-        raise OptionError(f"LowRank: formats must be classes of low-rank layers ({known}), got {wrong[0]!r}.")
+        got = repr(wrong[0]) if wrong else "none"
+        raise OptionError(f"LowRank: formats must be classes of low-rank layers ({known}), got {got}.")
     return classes
 
 

@@ -99,6 +99,8 @@ def test_kernels_are_for_evaluation_and_follow_the_layer():
         assert torch.equal(layer.train()(x), layer.simulate(x))
         layer.eval().bias.add_(1)
         torch.testing.assert_close(layer(x), first + 1, rtol=0.01, atol=0.02)
+        layer.train().bias.data += 1  # as old optimizers do
+        torch.testing.assert_close(layer.eval()(x), first + 2, rtol=0.01, atol=0.02)
         twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
         assert torch.equal(twin(x), layer(x))
         assert layer.double()(x.double()).dtype is torch.float64

@@ -262,6 +262,15 @@ def test_every_change_of_the_layer_is_noticed(frozen):
             assert change == changes[5] or not torch.equal(layer(x), before)
 
 
+def test_what_training_changes_through_data_is_noticed():
+    x = randn(2, 4, 7, 7)
+    layer = quantized(dense_conv(torch.float32, kernel_size=3, padding=1), x)
+    with torch.no_grad():
+        before = layer(x)
+        layer.train().bias.data += 1  # as old optimizers do
+        torch.testing.assert_close(layer.eval()(x), before + 1)
+
+
 def test_packed_weights_are_neither_copied_nor_saved_nor_kept():
     x = randn(2, 4, 7, 7)
     layer = quantized(dense_conv(torch.float32, kernel_size=3, padding=1), x)

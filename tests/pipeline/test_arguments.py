@@ -21,6 +21,7 @@ X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
         (lambda: lnn.Quantize(observer="max"), r"observer must be one of 'minmax', .*, got 'max'"),
         (lambda: lnn.LowRank(formats=["tucker"]), r"classes of low-rank layers \(.*SVDLinear.*\), got 'tucker'"),
         (lambda: lnn.LowRank(formats=[lnn.QuantLinear]), r"classes of low-rank layers .* got .*QuantLinear"),
+        (lambda: lnn.LowRank(formats=[]), r"classes of low-rank layers .* got none"),
         (lambda: lnn.LowRank(formats=8), r"classes of low-rank layers .* got 8"),
         (lambda: lnn.save("small.lrnn", SmallNet()), r"save\(model, path\)"),
         (lambda: lnn.load("small.lrnn", SmallNet), r"an instance of the architecture.*load\(path, MyNet\(\)\)"),
