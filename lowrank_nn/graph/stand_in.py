@@ -14,7 +14,6 @@ from lowrank_nn.graph.surgery import named_tensors
 from lowrank_nn.graph.swap import replace_module
 from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.layers._packed import is_channels_last
-from lowrank_nn.layers._shared import ComputedBuffers
 
 
 def stand_in(dense: nn.Module, replaced: Mapping[str, CompressedLayer]) -> nn.Module:
@@ -72,8 +71,7 @@ def _is_inside(name: str, path: str) -> bool:
 
 def _make_from(layer: CompressedLayer, given: nn.Module, path: str, fit: bool) -> None:
     """Fill a compressed layer from the layer that stands in its place, and a part of another one at random."""
-    if isinstance(layer, ComputedBuffers):
-        layer.fill_buffers()
+    layer.fill_buffers()
     layer.reset_parameters()
     source = dict(given.named_modules(remove_duplicate=False)).get(path)
     if source is None or not fit:
@@ -94,9 +92,8 @@ def _with_values(layer: CompressedLayer, dense: nn.Module) -> CompressedLayer:
     for buffer in new.buffers():
         buffer.fill_(True)  # masks keep everything, scales and zero points are one
     for module in new.modules():  # the layer first, then the leaves inside it that are compressed themselves
-        if isinstance(module, ComputedBuffers):
-            module.fill_buffers()
         if isinstance(module, CompressedLayer):
+            module.fill_buffers()
             module.reset_parameters()
     # With torch's default weights activations may shrink from layer to layer until they are denormal, which is slow.
     *_, last = [new, *new.stages()]

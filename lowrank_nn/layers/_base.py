@@ -143,6 +143,12 @@ class CompressedLayer(nn.Module, abc.ABC):
             "(but_not=...), or remove channels before it is put in place."
         )
 
+    def fill_buffers(self) -> None:
+        """Fill the buffers that are never saved, as they follow from the configuration; most layers have none.
+
+        Whoever gives a layer its memory otherwise than through the constructor calls it.
+        """
+
     def packing(self) -> Mapping[str, Packing]:
         """Return how ``save`` stores own tensors, by name; those not named are stored whole.
 

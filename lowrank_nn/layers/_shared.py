@@ -14,6 +14,7 @@ from typing_extensions import Self
 from lowrank_nn.cost import Cost
 from lowrank_nn.errors import OptionError, is_share
 from lowrank_nn.layers._affine import widened
+from lowrank_nn.layers._base import CompressedLayer
 from lowrank_nn.layers._leaf import LeafLayer
 from lowrank_nn.layers._shapes import draw_bias_
 
@@ -56,12 +57,8 @@ def count_or_share(cls: type[nn.Module], name: str, count: int | None, share: fl
     return max(1, round(share * whole))
 
 
-class ComputedBuffers(nn.Module):
+class ComputedBuffers(CompressedLayer):
     """A layer with buffers that follow from its configuration: never saved, and filled anew where memory comes late."""
-
-    @abc.abstractmethod
-    def fill_buffers(self) -> None:
-        """Fill the buffers that are not saved; whoever fills the memory of a layer otherwise calls it."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert or move the tensors; a layer that gets its memory only now gets what these buffers hold too."""

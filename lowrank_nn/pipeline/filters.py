@@ -108,7 +108,7 @@ class FilterRemoval:
             widths = shared_widths([removal.group for removal in removals], named_tensors(state.model))
             if changed_since_given(state):
                 proof = _proof(state, state.model, self._chosen_now(state, removals), widths)
-            else:  # the plan has proven it of the same numbers, if it was not after a budget
+            else:  # with an amount, the plan has proven it of these very numbers
                 proof = self._prove(state, state.model, removals, widths)
             for name, reason in proof.refused.items():
                 state.remark(_producers(_named(removals, name))[0], f"Prune: filters put back: {reason}")
