@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -115,8 +116,8 @@ class _Run:
     buffers: dict[str, Tensor]
 
 
-_Mode = tuple[str, Callable[[], _Run]]
-"""A way to run the model: in words, and what does it."""
+_Mode = tuple[str, Callable[[Cuts], _Run]]
+"""A way to run the model: in words, and what does it and leaves out what a smaller model does not have."""
 
 
 class _Trial:
@@ -129,7 +130,7 @@ class _Trial:
         self.untested = ""
         for inputs in (doubled(self._inputs), self._inputs):
             try:
-                seen += self._train(inputs).outputs
+                seen += self._train(inputs, {}).outputs
             except Exception as error:
                 self.untested = f"in train mode the model fails on the example inputs ({_short(error)})"
             else:
@@ -154,7 +155,7 @@ class _Trial:
         got: list[_Run] = []
         try:
             for _, run in runs:
-                got.append(run())
+                got.append(run({}))
         except Exception as error:
             mode = runs[len(got)][0]
             return f"without these channels the forward fails {mode}: {_short(error)}"
@@ -162,20 +163,20 @@ class _Trial:
             undo()
         model = self._model
         with masked_units(model, removals), NormaliseKept(model, cuts), StandardiseKept(model, cuts):
-            expected = [run() for _, run in runs]
+            expected = [run(cuts) for _, run in runs]
         for (mode, _), before, after in zip(runs, expected, got, strict=True):
-            problem = _difference(_cut(before, cuts), after)
+            problem = _difference(before, after)
             if problem:
                 return f"{problem} {mode} differ from those with the same channels held at zero"
         return ""
 
-    def _evaluate(self) -> _Run:
+    def _evaluate(self, _: Cuts) -> _Run:
         with evaluating(self._model):
             _prepare(self._seed)
             follow_inputs(self._model)
             return _Run(_copies(call_model(self._model, self._inputs)), {}, {})
 
-    def _train(self, inputs: Any) -> _Run:
+    def _train(self, inputs: Any, cuts: Cuts) -> _Run:
         with untouched(self._model), torch.enable_grad(), NoDropout():
             torch.backends.mha.set_fastpath_enabled(False)
             _prepare(self._seed)
@@ -187,8 +188,8 @@ class _Trial:
             for parameter in self._model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
             outputs = list(tensors(call_model(self._model, inputs)))
-            gradients = _gradients(self._model, outputs)
-            buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+            gradients = _gradients(self._model, outputs, cuts)
+            buffers = {n: cut_tensor(b, cuts.get(n, {})).clone() for n, b in self._model.named_buffers()}
             return _Run(_copies(outputs), gradients, buffers)
 
 
@@ -220,8 +221,11 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _gradients(model: nn.Module, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the gradients of a fixed random projection of all outputs."""
+def _gradients(model: nn.Module, outputs: Sequence[Tensor], cuts: Cuts) -> dict[str, Tensor]:
+    """Return the gradients of a fixed random projection of all outputs, without what is cut.
+
+    Each is cut as soon as it is there: those of all parameters, whole, would take as much memory as the model.
+    """
     reached = [output for output in outputs if output.requires_grad]
     if not reached:
         return {}
@@ -229,16 +233,19 @@ def _gradients(model: nn.Module, outputs: Sequence[Tensor]) -> dict[str, Tensor]
     weights = [torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu") for output in reached]
     losses = [(output * w.to(output)).sum().abs() for output, w in zip(reached, weights, strict=True)]
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = torch.autograd.grad(losses, list(trained.values()), allow_unused=True)
-    return {name: gradient for name, gradient in zip(trained, found, strict=True) if gradient is not None}
+    found: dict[str, Tensor] = {}
 
+    def take(name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:
+            found[name] = cut_tensor(gradient.to_dense(), cuts.get(name, {}))  # embeddings may have sparse ones
 
-def _cut(run: _Run, cuts: Cuts) -> _Run:
-    """Leave out, in place, what the smaller model does not have."""
-    for named in (run.gradients, run.buffers):
-        for name, tensor in named.items():
-            named[name] = cut_tensor(tensor, cuts.get(name, {}))
-    return run
+    with contextlib.ExitStack() as hooks:
+        for name, parameter in trained.items():
+            hook = functools.partial(take, name)
+            hooks.callback(parameter.register_post_accumulate_grad_hook(hook).remove)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(losses, inputs=list(trained.values()))
+    return found
 
 
 def _difference(expected: _Run, got: _Run) -> str:

@@ -86,16 +86,22 @@ def remove_units(model: nn.Module, removals: Sequence[Removal]) -> Callable[[], 
 
 @contextlib.contextmanager
 def masked_units(model: nn.Module, removals: Sequence[Removal]) -> Iterator[None]:
-    """Hold at zero, within a block, all slices of tensors that :func:`remove_units` would cut away."""
+    """Hold at zero, within a block, all slices of tensors that :func:`remove_units` would cut away.
+
+    In place, so that no more than these slices is kept beside the model.
+    """
     tensors = named_tensors(model)
     with contextlib.ExitStack() as undo:
         for name, dims in cuts_of(removals, tensors).items():
             data = tensors[name].data
-            undo.callback(_set_data, tensors[name], data)
-            data = data.clone()
+            if 0 in data.stride():  # expanded: one number stands for many
+                undo.callback(_set_data, tensors[name], data)
+                data = data.clone(memory_format=torch.contiguous_format)
+                _set_data(tensors[name], data)
             for dim, cut in dims.items():
-                data.index_fill_(dim, torch.tensor(cut.removed, device=data.device), 0)
-            _set_data(tensors[name], data)
+                removed = torch.tensor(cut.removed, device=data.device)
+                undo.callback(data.index_copy_, dim, removed, data.index_select(dim, removed))
+                data.index_fill_(dim, removed, 0)
         yield
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank_nn.errors import PlanError
-from lowrank_nn.graph.groups import ChannelGroup, Member
+from lowrank_nn.graph.groups import ChannelGroup, Member, find_groups
 from lowrank_nn.graph.proof import prove
 from lowrank_nn.graph.surgery import Removal
 from tests.graph.hand_groups import chain_groups, each
@@ -45,6 +45,32 @@ def test_everything_is_proven_at_once_and_nothing_is_touched():
     assert [p.requires_grad for p in model.parameters()] == flags
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_inputs_that_want_gradients_get_none():
+    inputs = X.clone().requires_grad_()
+    model = plain()
+    assert prove(model, removals_of(model, 1, 2), inputs).refused == {}
+    assert inputs.grad is None
+
+
+class BagOfWords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.hidden = nn.Embedding(20, 8, sparse=True), nn.Linear(8, 12)
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, words):
+        return self.out(F.relu(self.hidden(self.words(words).mean(1))))
+
+
+def test_sparse_gradients_are_compared():
+    model = seeded(lambda: (BagOfWords(), None))()[0]
+    words = torch.randint(20, (2, 5), generator=torch.Generator().manual_seed(0))
+    removals = [Removal(group, (1, 2)) for group in find_groups(model, words) if not group.frozen]
+    assert {member.name for removal in removals for member in removal.group.members} >= {"words.weight", "out.weight"}
+    proof = prove(model, removals, words)
+    assert (proof.proven, proof.untested) == (tuple(removals), "")
 
 
 class MeanOverChannels(nn.Module):

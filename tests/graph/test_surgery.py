@@ -81,6 +81,19 @@ def test_masked_and_removed_agree_and_both_can_be_undone(net):
     assert torch.equal(net(X), output)
 
 
+def test_masking_writes_in_place_but_not_where_one_number_stands_for_many():
+    layer = nn.BatchNorm1d(6)
+    layer.running_mean = torch.full((1,), 2.0).expand(6)
+    held = layer.weight.data_ptr()
+    names = ("weight", "bias", "running_mean", "running_var")
+    units = group(*((name, 0, each(6), "through") for name in names))
+    with masked_units(layer, [Removal(units, (1, 4))]):
+        assert layer.weight.data_ptr() == held
+        assert layer.running_mean.tolist() == [2, 0, 2, 2, 0, 2]
+    assert layer.weight.tolist() == [1] * 6
+    assert (layer.running_mean.tolist(), layer.running_mean.stride()) == ([2] * 6, (0,))
+
+
 def test_parameters_keep_identity_flags_dtype_and_memory_format(net):
     net = net.double().to(memory_format=torch.channels_last)
     net[0].bias.requires_grad_(False)
