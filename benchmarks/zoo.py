@@ -10,8 +10,8 @@ to agree to 1e-4 of the largest (and how many layers are replaced, of how many t
 filters: ``Prune(0.3, granularity="filter")`` removes 30 % of the filters for good, each group proven against masking;
 the parameters have to fall by more than 20 %, and the model to run.
 
-Of detection models, whose operators a CPU build of torch leaves torchvision without, the backbones. Needs torchvision
-and timm; where torchvision cannot be imported as it is, ``--before MODULE`` imports another module first.
+Detection models are run whole, from a list of images to boxes. Needs torchvision and timm; where torchvision cannot be
+imported as it is, ``--before MODULE`` imports another module first.
 """
 
 from __future__ import annotations
@@ -30,67 +30,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from zoo_models import build, names
 
 import lowrank_nn as lnn
 from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph import Site, record, replace_module
-from lowrank_nn.graph.inputs import tensors
+from lowrank_nn.graph.inputs import call_model, tensors
 from lowrank_nn.layers import LowRankLayer, read_layer
 
-TIMM = """vit_tiny_patch16_224 repvgg_a0 botnet26t_256 poolformer_s12 cait_xxs24_224 coat_lite_tiny coatnet_nano_rw_224
-    convit_tiny convmixer_768_32 convnext_atto crossvit_tiny_240 cs3darknet_focus_s davit_tiny deit_tiny_patch16_224
-    densenet121 dla34 dpn48b ese_vovnet19b_slim resnet10t edgenext_xx_small efficientformer_l1 efficientformerv2_s0
-    efficientnet_lite0 efficientvit_b0 efficientvit_m0 fasternet_t0 fastvit_t8 mobilenetv3_small_050 focalnet_tiny_srf
-    gcvit_xxtiny ghostnet_050 mixer_s32_224 gmlp_ti16_224 hardcorenas_a hgnetv2_b0 hiera_tiny_224 hrnet_w18_small
-    inception_next_atto inception_v4 legacy_seresnet18 levit_128s mambaout_femto mobilevit_xxs mvitv2_tiny nest_tiny
-    nf_regnet_b0 pit_ti_224 pvt_v2_b0 regnetx_002 repghostnet_050 repvit_m0_9 res2net50_14w_8s resnest14d resnetv2_18
-    rexnet_100 selecsls42b skresnet18 starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224 tiny_vit_5m_224
-    tnt_s_patch16_224 twins_svt_small visformer_tiny xcit_nano_12_p16_224 xception41"""
-SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit": 64, "vit_h_14": 56, "alexnet": 96, "ssd300_vgg16": 300}
 FORMATS: tuple[type[LowRankLayer], ...] = (lnn.TuckerConv2d, lnn.SVDLinear)
 TOLERANCE = 1e-4
-
-
-def names() -> list[str]:
-    """Return all names, those of timm behind ``timm/``."""
-    from torchvision import models
-
-    modules = (models, models.segmentation, models.detection)
-    return [n for m in modules for n in models.list_models(module=m)] + [f"timm/{name}" for name in TIMM.split()]
-
-
-def build(name: str) -> tuple[nn.Module, Tensor]:
-    """Return a model with random weights, in eval mode, and images for it."""
-    torch.manual_seed(0)
-    model, images = initialised(name)
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():
-            nn.init.normal_(parameter, std=0.02)  # outputs that are zero would agree whatever happens
-    return model.eval(), images
-
-
-def initialised(name: str) -> tuple[nn.Module, Tensor]:
-    """Return a model with the weights that its library draws, and images for it."""
-    if name.startswith("timm/"):
-        import timm
-
-        model = timm.create_model(name.removeprefix("timm/"))
-        settings = model.pretrained_cfg
-        size = settings["input_size"][-1] if settings.get("fixed_input_size") else 96
-        return model, torch.randn(2, 3, size, size)
-    from torchvision import models
-
-    size = SIZES.get(name, SIZES.get(name.split("_")[0], 64))
-    options: dict[str, Any] = {"weights": None}
-    if name.startswith("vit"):
-        options["image_size"] = size
-    if name in models.list_models(module=models.detection) or name in models.list_models(module=models.segmentation):
-        options["weights_backbone"] = None
-    if name in ("googlenet", "inception_v3"):
-        options["init_weights"] = False
-    model = models.get_model(name, **options)
-    model = model.backbone if name in models.list_models(module=models.detection) else model
-    return model, torch.randn(2, 3, size, size)
 
 
 def count(model: nn.Module) -> int:
@@ -99,19 +48,24 @@ def count(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def low_rank(model: nn.Module, images: Tensor) -> str:
+def low_rank(model: nn.Module, inputs: Any) -> str:
     """Replace every layer at full rank; return how many, or raise."""
     small, replaced = copy.deepcopy(model), 0
-    sites = [site for site in record(small, images).sites if isinstance(site.layer, (nn.Conv2d, nn.Linear))]
+    sites = [site for site in record(small, inputs).sites if isinstance(site.layer, (nn.Conv2d, nn.Linear))]
     for site in sites:
         new = at_full_rank(site)
         if new is not None:
             small, replaced = replace_module(small, site.path, new), replaced + 1
-    for expected, found in zip(tensors(model(images)), tensors(small(images)), strict=True):
+    for expected, found in zip(outputs(model, inputs), outputs(small, inputs), strict=True):
         error = float((expected - found).abs().max() / expected.abs().max())
         if not error <= TOLERANCE:
             raise AssertionError(f"outputs differ by {error:.1e} of the largest")
     return f"{replaced} of {len(sites)} layers"
+
+
+def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Return the tensors that a model gives, in order."""
+    return list(tensors(call_model(model, inputs)))
 
 
 def at_full_rank(site: Site) -> LowRankLayer | None:
@@ -126,13 +80,13 @@ def at_full_rank(site: Site) -> LowRankLayer | None:
         return None
 
 
-def filters(model: nn.Module, images: Tensor) -> str:
+@torch.no_grad()
+def filters(model: nn.Module, inputs: Any) -> str:
     """Remove 30 % of the filters; return what that left of the parameters, or raise."""
     step = lnn.Prune(0.3, granularity="filter")
-    small = lnn.compress_model(model, images, [step], progress=False).model
-    with torch.no_grad():
-        shapes = [[t.shape for t in tensors(net(images))] for net in (model, small)]
-    if shapes[0] != shapes[1]:
+    small = lnn.compress_model(model, inputs, [step], progress=False).model
+    before, after = ([tensor.shape[1:] for tensor in outputs(net, inputs)] for net in (model, small))
+    if before != after:  # but for how many boxes are found
         raise AssertionError("outputs have other shapes")
     gone = 1 - count(small) / count(model)
     if gone <= 0.2:
@@ -140,16 +94,16 @@ def filters(model: nn.Module, images: Tensor) -> str:
     return f"{100 * gone:.1f} % fewer parameters"
 
 
-PARTS: dict[str, Callable[[nn.Module, Tensor], str]] = {"low_rank": low_rank, "filters": filters}
+PARTS: dict[str, Callable[[nn.Module, Any], str]] = {"low_rank": low_rank, "filters": filters}
 
 
 def one(name: str, part: str) -> dict[str, Any]:
     """Put one model through one part."""
     warnings.simplefilter("ignore")
-    model, images = build(name)
+    model, inputs = build(name)
     start = time.perf_counter()
     try:
-        found = [True, PARTS[part](model, images)]
+        found = [True, PARTS[part](model, inputs)]
     except Exception as error:
         found = [False, f"{type(error).__name__}: {error}".split("\n")[0]]
     return {"params": count(model), part: [*found, time.perf_counter() - start]}
