@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 # Of random weights every score is low, and every box is as good as another: few of them will do.
 REGIONS = {"box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 50, "box_detections_per_img": 20}
@@ -16,7 +17,8 @@ SMALL = {"min_size": 96, "max_size": 96}
 def detector(name: str) -> tuple[nn.Module, tuple[list[Tensor]]]:
     """Return a detection model that hands out boxes whatever their scores, and a list of two images for it.
 
-    In float64: which boxes win, and how they are numbered, turns on the last digits of their scores.
+    Which boxes win, and how they are numbered, turns on the last digits of their scores. So the model is in float64, and
+    its norms have statistics: without them all features vanish, and all scores are the same.
     """
     from torchvision import extension, models
 
@@ -25,6 +27,7 @@ def detector(name: str) -> tuple[nn.Module, tuple[list[Tensor]]]:
     options: dict[str, Any] = {"score_thresh": 0.0} if "rcnn" not in name else REGIONS
     options |= {} if name.startswith("ssd") else SMALL
     model = models.get_model(name, weights=None, weights_backbone=None, **options)
+    update_bn([torch.randn(8, 3, 96, 96)], model.backbone)
     return model.double(), ([torch.rand(3, height, 96, dtype=torch.float64) for height in (80, 96)],)
 
 
