@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_nn.errors import PlanError
-from lowrank_nn.graph.inputs import tensors
+from lowrank_nn.graph.inputs import run_model, tensors
 from lowrank_nn.graph.preserve import evaluating
-from lowrank_nn.graph.sites import run_model
 
 TOLERANCES = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4, torch.complex64: 1e-4}
 """Relative error up to which two outputs agree; of narrower dtypes, 16 units of rounding."""

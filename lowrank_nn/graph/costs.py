@@ -6,10 +6,13 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_nn.cost import Cost, dense_macs, tensor_cost
+from lowrank_nn.cost.flops import FlopCounter
 from lowrank_nn.errors import PlanError
+from lowrank_nn.graph.derive import meta_copy
 from lowrank_nn.graph.sites import Recording, Site
 from lowrank_nn.layers import CompressedLayer
 
@@ -17,14 +20,16 @@ from lowrank_nn.layers import CompressedLayer
 def site_cost(site: Site) -> Cost:
     """Return the cost of a site: its tensors once, and the multiply-accumulates of all its recorded calls.
 
-    Of a compressed layer that was never called the tensors count as they are in memory.
+    Of a compressed layer, what reading its weight took counts among these. Of one that was never called the tensors
+    count as they are in memory.
     """
     layer = site.layer
     if isinstance(layer, CompressedLayer):
+        reads = Cost(macs=site.weight_reads * _weight_macs(layer) if site.weight_reads else 0)
         calls = [layer.cost(call.input_shape) for call in site.calls]
         if not calls:
-            return sum((tensor_cost(module) for module in layer.modules()), Cost())
-        return calls[0] + Cost(macs=sum(cost.macs for cost in calls[1:]))
+            return sum((tensor_cost(module) for module in layer.modules()), reads)
+        return calls[0] + reads + Cost(macs=sum(cost.macs for cost in calls[1:]))
     return tensor_cost(layer) + Cost(macs=sum(_macs(layer, call.input_shape) for call in site.calls))
 
 
@@ -51,6 +56,16 @@ def model_cost(model: nn.Module, recording: Recording) -> Cost:
             total += _without_macs(site_cost(site)) - _storage(own & seen)
             seen |= own
     return total + _storage(set(_stored_tensors(model)) - seen)
+
+
+def _weight_macs(layer: CompressedLayer) -> int:
+    """Return what one read of the weight takes, counted as it runs on the meta device."""
+    bare = meta_copy(layer)
+    assert isinstance(bare, CompressedLayer)
+    with torch.no_grad(), FlopCounter() as counter:
+        bare.dense_weight()
+    macs: int = counter.flops // 2
+    return macs
 
 
 def _check_recorded(model: nn.Module, recording: Recording) -> None:

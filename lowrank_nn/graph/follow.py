@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_nn.errors import PlanError
-from lowrank_nn.graph.inputs import doubled, tensors
+from lowrank_nn.graph.inputs import doubled, run_model, tensors
 from lowrank_nn.graph.labels import Labels, support
 from lowrank_nn.graph.parametrized import parametrized
 from lowrank_nn.graph.places import ForwardWatch, OutOfSight
 from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.graph.rules import RULES, Call, Planes, Rule, full_name, short_name
-from lowrank_nn.graph.sites import refuse_opaque, run_model
+from lowrank_nn.graph.sites import refuse_opaque
 from lowrank_nn.graph.sizes import traced_sizes
 from lowrank_nn.graph.torch_functions import LOOKS, python_body
 from lowrank_nn.graph.units import IN, OUT, Units

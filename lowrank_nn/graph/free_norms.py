@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lowrank_nn.graph.attributes import mark_resized
+from lowrank_nn.graph.inputs import run_model
 from lowrank_nn.graph.preserve import evaluating
-from lowrank_nn.graph.sites import run_model
 
 
 def follow_inputs(model: nn.Module) -> dict[str, int]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_nn.errors import PlanError
+
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
     """Call ``model`` as its user does, with copies of the tensors: what a forward does to its inputs, they never see.
@@ -27,6 +29,22 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(inputs)
+
+
+def run_model(model: nn.Module, example_inputs: Any) -> Any:
+    """Call ``model`` as :func:`call_model` does.
+
+    Raises:
+        PlanError: The forward failed; the error it raised is chained.
+    """
+    try:
+        return call_model(model, example_inputs)
+    except Exception as error:
+        raise PlanError(
+            f"{type(model).__name__}: the forward failed on example_inputs = {describe(example_inputs)}: "
+            f"{type(error).__name__}: {error}. Pass what the model is called with: a tensor, a tuple of positional "
+            "arguments or a dict of keyword arguments, on the model's device and of its dtype."
+        ) from error
 
 
 def _with_copies(value: Any, copies: dict[int, Tensor]) -> Any:

@@ -13,10 +13,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowrank_nn.graph.inputs import tensors
+from lowrank_nn.graph.inputs import run_model, tensors
 from lowrank_nn.graph.places import ForwardWatch, OutOfSight, Place
 from lowrank_nn.graph.preserve import evaluating
-from lowrank_nn.graph.sites import refuse_opaque, run_model
+from lowrank_nn.graph.sites import refuse_opaque
 from lowrank_nn.layers import CompressedLayer
 
 NORM_FORWARDS = (_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -18,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from lowrank_nn.cost.flops import FlopCounter
 from lowrank_nn.errors import PlanError, UnsupportedLayerError
-from lowrank_nn.graph.inputs import call_model, describe, first_shape
+from lowrank_nn.graph.inputs import first_shape, run_model
 from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.layers import CompressedLayer
 
@@ -67,6 +68,8 @@ class Site:
         calls: One entry per call in the recorded forward; empty if it was never called.
         inside: Path of the nearest compressed layer that the layer is a part of; None outside any.
         tied_to: ``"path.parameter"`` of every parameter of another module that is one of this layer's own.
+        weight_reads: How often code outside the layer read its weight in the recorded forward, as
+            ``F.linear(x, self.fc.weight)`` does; 0 for layers without a formula and inside compressed ones.
     """
 
     path: str
@@ -75,6 +78,7 @@ class Site:
     calls: tuple[Call, ...]
     inside: str | None
     tied_to: tuple[str, ...]
+    weight_reads: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Recording:
     Attributes:
         sites: All sites in the order of their first call; those never called last, in module order.
         other_macs: Multiply-accumulates outside the layers that have a formula: attention products, matrix products
-            in a forward, custom layers.
+            in a forward, custom layers; not those that reading a compressed layer's weight takes.
         output: What the model returned.
     """
 
@@ -125,6 +129,8 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
     with evaluating(model):
         for site in sites:
             vars(site.layer)["forward"] = log.watch(site)
+            if _is_priced(site):
+                log.watch_reads(site)
         with log.counter:
             output = run_model(model, example_inputs)
     return Recording(log.ordered(sites), log.other_macs(), output)
@@ -162,13 +168,14 @@ class _CallLog:
     def __init__(self) -> None:
         self.counter = FlopCounter()
         self._calls: dict[str, list[Call]] = {}
+        self._reads: collections.Counter[str] = collections.Counter()
         self._priced_flops = 0
         self._inside_priced = False
 
     def watch(self, site: Site) -> Callable[..., Any]:
         """Return a forward that does what the layer's does and logs the call."""
         forward = site.layer.forward
-        priced = site.inside is None and isinstance(site.layer, PRICED)
+        priced = _is_priced(site)
 
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -181,9 +188,28 @@ class _CallLog:
 
         return watched
 
+    def watch_reads(self, site: Site) -> None:
+        """Have reads of the weight noted, until the layer's attributes are restored."""
+        layer, namespace = site.layer, vars(site.layer)
+        if not isinstance(layer, CompressedLayer):
+            namespace["_parameters"] = _WatchedTable(layer._parameters, functools.partial(self._note_read, site.path))
+            return
+        dense_weight = layer.dense_weight
+
+        def watched() -> Tensor:
+            self._note_read(site.path)
+            with self._price():
+                return dense_weight()
+
+        namespace["dense_weight"] = watched
+
+    def _note_read(self, path: str) -> None:
+        if not self._inside_priced:  # a layer's own forward reads its weight too, and is priced by formula
+            self._reads[path] += 1
+
     def ordered(self, sites: list[Site]) -> tuple[Site, ...]:
         """Return ``sites`` with their calls, in the order of the first one."""
-        by_path = {site.path: site for site in sites}
+        by_path = {site.path: dataclasses.replace(site, weight_reads=self._reads[site.path]) for site in sites}
         called = [dataclasses.replace(by_path.pop(path), calls=tuple(calls)) for path, calls in self._calls.items()]
         return (*called, *by_path.values())
 
@@ -204,6 +230,23 @@ class _CallLog:
             self._inside_priced = False
 
 
+class _WatchedTable(dict[str, Any]):
+    """A module's table of parameters that tells when the one named ``weight`` is taken from it."""
+
+    def __init__(self, table: Mapping[str, Any], note: Callable[[], None]) -> None:
+        super().__init__(table)
+        self._note = note
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "weight":
+            self._note()
+        return super().__getitem__(name)
+
+
+def _is_priced(site: Site) -> bool:
+    return site.inside is None and isinstance(site.layer, PRICED)
+
+
 def _is_site(module: nn.Module) -> bool:
     if isinstance(module, (*KINDS, CompressedLayer)):
         return True
@@ -217,22 +260,6 @@ def _enclosing(path: str, compressed: set[str]) -> str | None:
         if path in compressed:
             return path
     return None
-
-
-def run_model(model: nn.Module, example_inputs: Any) -> Any:
-    """Call ``model`` as :func:`lowrank_nn.graph.call_model` does.
-
-    Raises:
-        PlanError: The forward failed; the error it raised is chained.
-    """
-    try:
-        return call_model(model, example_inputs)
-    except Exception as error:
-        raise PlanError(
-            f"{type(model).__name__}: the forward failed on example_inputs = {describe(example_inputs)}: "
-            f"{type(error).__name__}: {error}. Pass what the model is called with: a tensor, a tuple of positional "
-            "arguments or a dict of keyword arguments, on the model's device and of its dtype."
-        ) from error
 
 
 def refuse_opaque(model: nn.Module) -> None:

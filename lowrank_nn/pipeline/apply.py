@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lowrank_nn.errors import PlanError, RankError, UnsupportedLayerError
-from lowrank_nn.graph import Site
-from lowrank_nn.layers import LAYERS, CompressedLayer, LowRankLayer, RankRule, layer_cost, read_layer
+from lowrank_nn.graph import Site, site_cost
+from lowrank_nn.layers import LAYERS, CompressedLayer, LowRankLayer, RankRule, read_layer
 from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State, Step, build
 
@@ -193,12 +194,10 @@ def _not_worth_it(site: Site, new: CompressedLayer) -> str:
 
     What it may save are params, MACs, bytes or nonzeros.
     """
-    old = [layer_cost(site.layer, call.input_shape) for call in site.calls]
-    now = [new.cost(call.input_shape) for call in site.calls]
-    macs_before, macs_after = sum(cost.macs for cost in old), sum(cost.macs for cost in now)
-    smaller = now[0].params < old[0].params or now[0].bytes < old[0].bytes or now[0].nonzeros < old[0].nonzeros
-    if not smaller and macs_after >= macs_before:
+    old, now = site_cost(site), site_cost(dataclasses.replace(site, layer=new))
+    smaller = now.params < old.params or now.bytes < old.bytes or now.nonzeros < old.nonzeros
+    if not smaller and now.macs >= old.macs:
         return "would save nothing"
-    if now[0].params > old[0].params:
-        return f"would take {now[0].params:,} params in place of {old[0].params:,}"
-    return f"would take {macs_after:,} MACs in place of {macs_before:,}" if macs_after > macs_before else ""
+    if now.params > old.params:
+        return f"would take {now.params:,} params in place of {old.params:,}"
+    return f"would take {now.macs:,} MACs in place of {old.macs:,}" if now.macs > old.macs else ""

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowrank_nn.cost import Cost, dense_macs
 from lowrank_nn.errors import PlanError
 from lowrank_nn.graph import call_model, model_cost, record, replace_module, site_cost
-from lowrank_nn.layers import SVDConv2d, SVDLinear
+from lowrank_nn.layers import LAYERS, SVDConv2d, SVDLinear
 from tests.zoo import ZOO
 
 
@@ -175,6 +175,27 @@ def test_a_layer_inside_a_compressed_layer_that_is_called_alone():
     recording = record(Model(), torch.zeros(3, 6))
     assert site_cost(recording["fc"]).macs == 3 * 2 * 11
     assert recording.other_macs == 3 * 2 * 6
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_reading_a_weight_counts_what_it_takes(name):
+    cls = LAYERS[name]
+    sizes = (8, 8) if cls.replaces is nn.Linear else (8, 8, 3)
+    dense = cls.replaces(*sizes)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = cls.from_pretrained_layer(dense, **cls.usual_options(dense))
+
+        def forward(self, x):
+            return x + self.layer.weight.sum() * self.layer.weight.sum()
+
+    model, x = Model(), torch.zeros(3)
+    recording = record(model, x)
+    assert (recording["layer"].weight_reads, recording.other_macs) == (2, 0)
+    assert model_cost(model, recording).macs == counted_macs(model, x)
+    assert vars(model.layer).get("dense_weight") is None
 
 
 def test_never_called_compressed_layers_count_their_tensors():
