@@ -17,8 +17,8 @@ SMALL = {"min_size": 96, "max_size": 96}
 def detector(name: str) -> tuple[nn.Module, tuple[list[Tensor]]]:
     """Return a detection model that hands out boxes whatever their scores, and a list of two images for it.
 
-    Which boxes win, and how they are numbered, turns on the last digits of their scores. So the model is in float64, and
-    its norms have statistics: without them all features vanish, and all scores are the same.
+    Which boxes win, and how they are numbered, turns on the last digits of their scores. So the model is in float64,
+    and its norms have statistics: without them all features vanish, and all scores are the same.
     """
     from torchvision import extension, models
 
