@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import functools
-import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lowrank_nn.errors import LowRankError, PlanError
-from lowrank_nn.graph.free_norms import follow_inputs
-from lowrank_nn.graph.inputs import call_model, doubled, map_tensors, tensors
-from lowrank_nn.graph.preserve import evaluating, seed_all, untouched
-from lowrank_nn.graph.proof_modes import NoDropout, NormaliseKept, StandardiseKept
-from lowrank_nn.graph.surgery import Cuts, Removal, cut_tensor, cuts_of, masked_units, named_tensors, remove_units
-
-TOLERANCE = 1e-4  # relative to the largest entry of the same tensor
-_ROUNDING = 1e4  # units of rounding, relative to the largest entry of all gradients or buffers
+from lowrank_nn.errors import LowRankError
+from lowrank_nn.graph.proof_comparison import Comparison
+from lowrank_nn.graph.proof_modes import NormaliseKept, StandardiseKept
+from lowrank_nn.graph.proof_runs import Run, Trial, short
+from lowrank_nn.graph.surgery import Removal, cuts_of, masked_units, named_tensors, remove_units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +59,7 @@ def prove(
     Raises:
         PlanError: The model fails on the inputs, or returns no finite numbers, so that there is nothing to compare.
     """
-    trial = _Trial(model, example_inputs, seed)
+    trial = Trial(model, example_inputs, seed)
     refused: dict[str, str] = {}
     left = _bundles(removals, together)
     for runs in (trial.runs[:1], trial.runs):
@@ -88,13 +79,13 @@ def _bundles(removals: Sequence[Removal], together: Sequence[Collection[str]]) -
     return [*filter(None, bundles), *((removal,) for removal in removals if removal.group.name not in bundled)]
 
 
-def _halved(trial: _Trial, bundles: list[_Bundle], runs: Sequence[_Mode], refused: dict[str, str]) -> list[_Bundle]:
+def _halved(trial: Trial, bundles: list[_Bundle], runs: Sequence[Run], refused: dict[str, str]) -> list[_Bundle]:
     """Return the bundles that agree, all at once, and note why others do not."""
     proven: list[_Bundle] = []
     queue = [bundles] if bundles else []
     while queue:
         batch = queue.pop()
-        problem = trial.difference([removal for bundle in [*proven, *batch] for removal in bundle], runs)
+        problem = _difference(trial, [removal for bundle in [*proven, *batch] for removal in bundle], runs)
         if not problem:
             proven += batch
         elif len(batch) > 1:
@@ -107,187 +98,29 @@ def _halved(trial: _Trial, bundles: list[_Bundle], runs: Sequence[_Mode], refuse
     return proven
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """What one forward gave, and in train mode one backward."""
-
-    outputs: list[Tensor]
-    gradients: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-
-
-_Mode = tuple[str, Callable[[Cuts], _Run]]
-"""A way to run the model: in words, and what does it and leaves out what a smaller model does not have."""
-
-
-class _Trial:
-    """A copy of the model on which removals are tried and undone."""
-
-    def __init__(self, model: nn.Module, example_inputs: Any, seed: int) -> None:
-        self._seed = seed
-        self._model, self._inputs, seen = _widest(model, example_inputs, seed)
-        self.runs: list[_Mode] = [("in eval mode", self._evaluate)]
-        self.untested = ""
-        for inputs in (doubled(self._inputs), self._inputs):
-            try:
-                seen += self._train(inputs, {}).outputs
-            except Exception as error:
-                self.untested = f"in train mode the model fails on the example inputs ({_short(error)})"
-            else:
-                self.runs.append(("in train mode", functools.partial(self._train, inputs)))
-                self.untested = ""
-                break
-        if not any(torch.isfinite(output).any() for output in seen):
-            raise PlanError(
-                f"{type(model).__name__}: the forward returns no finite numbers on example_inputs, so nothing can be "
-                "proven of smaller models. Pass inputs with a batch of at least one, on which it gives numbers: "
-                "tensors, in containers or objects, but not in a generator."
-            )
-
-    def difference(self, removals: Sequence[Removal], runs: Sequence[_Mode]) -> str:
-        """Return how the model without some units differs from the one where they are zero; empty if it does not."""
-        try:
-            cuts = cuts_of(removals, named_tensors(self._model))
-            undo = remove_units(self._model, removals)
-        except LowRankError as error:
-            return str(error)
-        # The smaller model first: where it fails, nothing else has to run.
-        got: list[_Run] = []
-        try:
-            for _, run in runs:
-                got.append(run({}))
-        except Exception as error:
-            mode = runs[len(got)][0]
-            return f"without these channels the forward fails {mode}: {_short(error)}"
-        finally:
-            undo()
-        model = self._model
-        with masked_units(model, removals), NormaliseKept(model, cuts), StandardiseKept(model, cuts):
-            expected = [run(cuts) for _, run in runs]
-        for (mode, _), before, after in zip(runs, expected, got, strict=True):
-            problem = _difference(before, after)
-            if problem:
-                return f"{problem} {mode} differ from those with the same channels held at zero"
-        return ""
-
-    def _evaluate(self, _: Cuts) -> _Run:
-        with evaluating(self._model):
-            _prepare(self._seed)
-            follow_inputs(self._model)
-            return _Run(_copies(call_model(self._model, self._inputs)), {}, {})
-
-    def _train(self, inputs: Any, cuts: Cuts) -> _Run:
-        with untouched(self._model), torch.enable_grad(), NoDropout():
-            torch.backends.mha.set_fastpath_enabled(False)
-            _prepare(self._seed)
-            follow_inputs(self._model)
-            self._model.train()
-            for module in self._model.modules():
-                if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
-                    module.dropout = 0.0  # drawn inside one function
-            for parameter in self._model.parameters():
-                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-            outputs = list(tensors(call_model(self._model, inputs)))
-            gradients = _gradients(self._model, outputs, cuts)
-            buffers = {n: cut_tensor(b, cuts.get(n, {})).clone() for n, b in self._model.named_buffers()}
-            return _Run(_copies(outputs), gradients, buffers)
-
-
-def _widest(model: nn.Module, example_inputs: Any, seed: int) -> tuple[nn.Module, Any, list[Tensor]]:
-    """Return a copy of the model, its inputs and its outputs, in float64 if it runs in that."""
-    failure: Exception | None = None
-    for wide in (True, False):
-        candidate, inputs = copy.deepcopy(model), example_inputs
-        try:
-            if wide:  # not every device has it
-                candidate, inputs = candidate.double(), map_tensors(_double, inputs)
-            with evaluating(candidate):
-                _prepare(seed)
-                outputs = _copies(call_model(candidate, inputs))
-        except Exception as error:
-            failure = error
-        else:
-            return candidate, inputs, outputs
-    raise PlanError(f"{type(model).__name__}: the forward fails on example_inputs: {_short(failure)}.") from failure
-
-
-def _prepare(seed: int) -> None:
-    """Within a block that restores them: seed the random numbers, and keep what the forward warns of to itself."""
-    seed_all(seed)
-    warnings.simplefilter("ignore")  # the user sees the warnings of his own calls, not those of ours
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _gradients(model: nn.Module, outputs: Sequence[Tensor], cuts: Cuts) -> dict[str, Tensor]:
-    """Return the gradients of a fixed random projection of all outputs, without what is cut.
-
-    Each is cut as soon as it is there: those of all parameters, whole, would take as much memory as the model.
-    """
-    reached = [output for output in outputs if output.requires_grad]
-    if not reached:
-        return {}
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu") for output in reached]
-    losses = [(output * w.to(output)).sum().abs() for output, w in zip(reached, weights, strict=True)]
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found: dict[str, Tensor] = {}
-
-    def take(name: str, parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is not None:
-            found[name] = cut_tensor(gradient.to_dense(), cuts.get(name, {}))  # embeddings may have sparse ones
-
-    with contextlib.ExitStack() as hooks:
-        for name, parameter in trained.items():
-            hook = functools.partial(take, name)
-            hooks.callback(parameter.register_post_accumulate_grad_hook(hook).remove)  # type: ignore[no-untyped-call]
-        torch.autograd.backward(losses, inputs=list(trained.values()))
-    return found
-
-
-def _difference(expected: _Run, got: _Run) -> str:
-    """Return what differs between two runs, in words: the first kind of several."""
-    if not _agree(dict(enumerate(expected.outputs)), dict(enumerate(got.outputs))):
-        return "the outputs"
-    if not _agree(expected.gradients, got.gradients):
-        return "the gradients"
-    return "" if _agree(expected.buffers, got.buffers) else "the buffers"
-
-
-def _agree(expected: Mapping[Any, Tensor], got: Mapping[Any, Tensor]) -> bool:
-    """Whether tensors of the same names are the same up to rounding."""
-    if expected.keys() != got.keys():
-        return False
-    largest = max((_size(tensor) for tensor in expected.values()), default=0.0)
-    return all(_close(tensor, got[name], largest) for name, tensor in expected.items())
-
-
-def _close(expected: Tensor, got: Tensor, largest: float) -> bool:
-    if expected.shape != got.shape or expected.dtype != got.dtype:
-        return False
-    if not (expected.is_floating_point() or expected.is_complex()):
-        return torch.equal(expected, got)
-    finite = torch.isfinite(expected)
-    if not torch.equal(finite, torch.isfinite(got)):
-        return False
-    allowed = TOLERANCE * _size(expected) + _ROUNDING * torch.finfo(expected.dtype).eps * largest
-    return _size(torch.where(finite, got - expected, 0)) <= allowed
-
-
-def _size(tensor: Tensor) -> float:
-    """Return the largest finite absolute value; 0 for integers and for no values."""
-    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
-        return 0.0
-    return float(torch.where(torch.isfinite(tensor), tensor, 0).abs().max())
-
-
-def _copies(value: Any) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors(value)]
-
-
-def _short(error: Exception | None) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= 160 else text[:157] + '...'}"
+def _difference(trial: Trial, removals: Sequence[Removal], runs: Sequence[Run]) -> str:
+    """Return how the model without some units differs from the one where they are zero; empty if it does not."""
+    model = trial.model
+    try:
+        cuts = cuts_of(removals, named_tensors(model))
+        undo = remove_units(model, removals)
+    except LowRankError as error:
+        return str(error)
+    # The smaller model first: where it fails, nothing else has to run.
+    comparisons: list[Comparison] = []
+    try:
+        for _, run in runs:
+            comparisons.append(Comparison(cuts))
+            run(comparisons[-1].keep)
+    except Exception as error:
+        mode = runs[len(comparisons) - 1][0]
+        return f"without these channels the forward fails {mode}: {short(error)}"
+    finally:
+        undo()
+    with masked_units(model, removals), NormaliseKept(model, cuts), StandardiseKept(model, cuts):
+        for (_, run), comparison in zip(runs, comparisons, strict=True):
+            run(comparison.compare)
+    for (mode, _), comparison in zip(runs, comparisons, strict=True):
+        if problem := comparison.problem():
+            return f"{problem} {mode} differ from those with the same channels held at zero"
+    return ""
