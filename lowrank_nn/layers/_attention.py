@@ -42,7 +42,7 @@ class ProjectedAttention(nn.MultiheadAttention, abc.ABC):
             )
         batched = query.dim() == 3
         q, k, v = (self._heads(x, batched) for x in self._project(query, key, value))
-        mask = self._mask(key_padding_mask, attn_mask, len(q), q.dtype)
+        mask = self._mask(key_padding_mask, attn_mask, q)
         k, v, mask = self._with_own_keys(k, v, mask)
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -65,18 +65,16 @@ class ProjectedAttention(nn.MultiheadAttention, abc.ABC):
             x = x.unsqueeze(0)
         elif not self.batch_first:
             x = x.transpose(0, 1)
-        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _mask(
-        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, batch: int, dtype: torch.dtype
-    ) -> Tensor | None:
+    def _mask(self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor) -> Tensor | None:
         """Return what is added to the scores, ``(N or 1, heads or 1, L or 1, S)``; None where nothing is."""
         total = None
         if attn_mask is not None:
-            total = _additive(attn_mask, dtype)
-            total = total.reshape(batch, -1, *total.shape[1:]) if total.dim() == 3 else total[None, None]
+            total = _additive(attn_mask, q.dtype)
+            total = total.reshape(*q.shape[:2], *total.shape[1:]) if total.dim() == 3 else total[None, None]
         if key_padding_mask is not None:
-            padding = _additive(key_padding_mask, dtype)
+            padding = _additive(key_padding_mask, q.dtype)
             padding = (padding if padding.dim() == 2 else padding[None])[:, None, None]
             total = padding if total is None else total + padding
         return total

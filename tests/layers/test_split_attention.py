@@ -74,6 +74,20 @@ def test_same_as_torch(options, call):
     torch.testing.assert_close(weights, expected_weights, **tolerance)
 
 
+@pytest.mark.parametrize("masks", ["none", "matrix", "heads", "padding"])
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_empty_batches_and_sequences(batch, queries, keys, masks):
+    layer = make(batch_first=True)
+    q, k, v = torch.randn(batch, queries, E), torch.randn(batch, keys, E), torch.randn(batch, keys, E)
+    call = {
+        "none": {},
+        "matrix": {"attn_mask": torch.randn(queries, keys)},
+        "heads": {"attn_mask": torch.randn(batch * HEADS, queries, keys)},
+        "padding": {"key_padding_mask": torch.zeros(batch, keys, dtype=torch.bool)},
+    }[masks]
+    torch.testing.assert_close(split(layer)(q, k, v, **call), layer(q, k, v, **call))
+
+
 @pytest.mark.parametrize("call", [{}, {"key_padding_mask": PADDING[0]}, {"attn_mask": BIAS, "need_weights": False}])
 def test_unbatched(call):
     layer = make()
