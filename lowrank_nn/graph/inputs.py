@@ -22,13 +22,16 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
         example_inputs: A plain tuple or list gives the positional arguments, a dict (any mapping) the keyword
             arguments; anything else (a tensor, dataclass, namedtuple) is the only argument. A model that takes one
             dict is called with ``(the_dict,)``.
+
+    Returns:
+        What the model returns; of a generator, which computes nothing before that, a list of all that it yields.
     """
     inputs = _with_copies(example_inputs, {})
     if type(inputs) in (tuple, list):
-        return model(*inputs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(inputs)
+        output = model(*inputs)
+    else:
+        output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    return list(output) if isinstance(output, Iterator) else output
 
 
 def run_model(model: nn.Module, example_inputs: Any) -> Any:

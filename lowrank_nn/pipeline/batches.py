@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lowrank_nn.errors import CalibrationError, TrainingError
 from lowrank_nn.graph.inputs import describe, tensors
+from lowrank_nn.planning.calibration import ModelInputs
 
 TARGET_KEYS = ("labels", "label", "targets", "target")
 
@@ -32,21 +33,31 @@ def split_batch(batch: Any, example_inputs: Any) -> tuple[Any, Tensor | None]:
     """
     if isinstance(batch, Mapping):
         return _split_mapping(batch, example_inputs)
-    if not isinstance(batch, (tuple, list)) or (
-        type(batch) not in (tuple, list) and type(batch) is type(example_inputs)
-    ):
-        return batch, None
-    arguments = example_inputs if type(example_inputs) in (tuple, list) else (example_inputs,)
-    count = len(arguments)
+    inputs, rest = _leading(batch, example_inputs)
+    count = len(_arguments(example_inputs))
+    as_given = inputs is batch or any(inputs is item for item in batch)
+    if len(rest) > 1 or not (as_given or len(inputs) == count):
+        raise TrainingError(
+            f"FineTune: a batch must be inputs for the model, which takes {count} argument{'s' * (count != 1)}, or a "
+            f"pair (inputs, targets); got {describe(batch)}. Pass loss=..., a function of model and batch."
+        )
+    return inputs, _target(*rest)
+
+
+def _leading(batch: Any, example_inputs: Any) -> tuple[Any, Sequence[Any]]:
+    """Return what the model is called with in a batch that is no mapping, and what follows it."""
+    arguments = _arguments(example_inputs)
+    one_of_its_own = type(batch) not in (tuple, list) and [type(batch)] == [type(argument) for argument in arguments]
+    if not isinstance(batch, (tuple, list)) or one_of_its_own:
+        return batch, ()
     nested = not isinstance(example_inputs, Mapping) and any(_is_container(argument) for argument in arguments[:1])
     if len(batch) in (1, 2) and _is_container(batch[0]) and not nested:
-        return batch[0], _target(*batch[1:])
-    if len(batch) in (count, count + 1):
-        return tuple(batch[:count]), _target(*batch[count:])
-    raise TrainingError(
-        f"FineTune: a batch must be inputs for the model, which takes {count} argument{'s' * (count != 1)}, or a pair "
-        f"(inputs, targets); got {describe(batch)}. Pass loss=..., a function of model and batch."
-    )
+        return batch[0], batch[1:]
+    return tuple(batch[: len(arguments)]), batch[len(arguments) :]
+
+
+def _arguments(example_inputs: Any) -> Sequence[Any]:
+    return example_inputs if type(example_inputs) in (tuple, list) else (example_inputs,)
 
 
 def _split_mapping(batch: Mapping[Any, Any], example_inputs: Any) -> tuple[Any, Tensor | None]:
@@ -69,7 +80,7 @@ def _mapping_inputs(batch: Mapping[Any, Any], example_inputs: Any) -> tuple[Any,
 
 
 def read_calibration(calibration: Any, example_inputs: Any) -> Any:
-    """Return calibration data as something that can be gone through again, dicts in it read as those of training data.
+    """Return calibration data as something that can be gone through again, each batch read as one of training data.
 
     Raises:
         CalibrationError: They are nothing that can be gone through.
@@ -77,7 +88,7 @@ def read_calibration(calibration: Any, example_inputs: Any) -> Any:
     if calibration is None or isinstance(calibration, Tensor):
         return calibration
     if isinstance(calibration, Mapping):
-        return [_mapping_inputs(calibration, example_inputs)[0]]
+        calibration = [calibration]
     if not (hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")):
         raise CalibrationError(
             f"calibration must be an iterable of what the model is called with, got {type(calibration).__name__}. Pass "
@@ -87,14 +98,19 @@ def read_calibration(calibration: Any, example_inputs: Any) -> Any:
 
 
 class _Calibration:
-    """Batches in which dicts are what the model is called with, labels left out."""
+    """Batches as what the model is called with, labels left out."""
 
     def __init__(self, batches: Any, example_inputs: Any) -> None:
         self._batches, self._example_inputs = batches, example_inputs
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._batches:
-            yield _mapping_inputs(batch, self._example_inputs)[0] if isinstance(batch, Mapping) else batch
+            if isinstance(batch, Mapping):
+                yield ModelInputs(_mapping_inputs(batch, self._example_inputs)[0])
+            elif isinstance(self._example_inputs, Mapping):  # which has no order: that of the forward counts
+                yield batch
+            else:
+                yield ModelInputs(_leading(batch, self._example_inputs)[0])
 
     def __len__(self) -> int:
         return len(self._batches)

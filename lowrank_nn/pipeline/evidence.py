@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import CalibrationError
 from lowrank_nn.graph.links import Link, find_links
+from lowrank_nn.graph.surgery import named_tensors
 from lowrank_nn.pipeline.apply import refusal
 from lowrank_nn.pipeline.reconstruct import reconstruct
 from lowrank_nn.pipeline.state import Decision, State, build
@@ -160,5 +161,5 @@ def _correct_mean(model: nn.Module, before: nn.Module, path: str, evidence: Evid
 
 def changed_since_given(state: State) -> bool:
     """Whether an earlier step changed a value that the model computes with."""
-    given, now = state.dense.state_dict(), state.model.state_dict()
+    given, now = named_tensors(state.dense), named_tensors(state.model)  # a state dict may hold anything
     return given.keys() != now.keys() or not all(torch.equal(given[name], now[name]) for name in given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -17,6 +18,17 @@ from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.sites import describe_paths
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelInputs:
+    """A batch of which all is known to be what the model is called with.
+
+    Attributes:
+        inputs: For :func:`call_model`.
+    """
+
+    inputs: Any
+
+
 def model_inputs(model: nn.Module, batch: Any) -> Any:
     """Return what ``model`` is called with out of a calibration batch, labels left out; for :func:`call_model`.
 
@@ -28,8 +40,10 @@ def model_inputs(model: nn.Module, batch: Any) -> Any:
 
     Args:
         model: The model.
-        batch: One batch, such as a ``DataLoader`` yields.
+        batch: One batch, such as a ``DataLoader`` yields, or :class:`ModelInputs`.
     """
+    if isinstance(batch, ModelInputs):
+        return batch.inputs
     if isinstance(batch, Mapping):
         return batch if _takes_keywords(model, batch) else (batch,)
     if not isinstance(batch, (tuple, list)) or not batch:

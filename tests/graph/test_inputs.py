@@ -107,3 +107,29 @@ def test_calibration_data_stay_as_they_are():
     recipe = [lnn.LowRank(formats=[lnn.SVDLinear]), lnn.Quantize("int4", activations="int8")]
     lnn.compress_model(Normalising(), x, recipe, budget=lnn.Budget(params=0.8), calibration=[x], progress=False)
     assert x.equal(before)
+
+
+class Stages(nn.Module):
+    """Yields what every layer gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        yield x
+        yield self.second(x)
+
+
+def test_a_generator_is_gone_through():
+    model, x = seeded_stages(), torch.linspace(-1, 1, 24).reshape(3, 8)
+    assert all(map(torch.equal, call_model(model, x), model(x)))
+    result = lnn.compress_model(model, x, [lnn.Apply(lnn.SVDLinear, rank=2), lnn.Prune(0.5, granularity="filter")])
+    assert result.report.after.macs < result.report.before.macs / 2
+    assert [tuple(part.shape) for part in result.model(x)] == [(3, 16), (3, 4)]
+
+
+def seeded_stages():
+    torch.manual_seed(0)
+    return Stages()

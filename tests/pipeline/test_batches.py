@@ -95,15 +95,18 @@ def test_inputs_and_targets(batch, example_inputs, args, kwargs, targets):
         ([{"a": X, "labels": Y}], {"a": X, "labels": Y}, [{"a": X, "labels": Y}]),
         ({"a": X, "labels": Y}, {"a": X}, [{"a": X}]),
         ([{"a": X, "b": Z, "target": Y}], ({"a": X, "b": Z},), [({"a": X, "b": Z},)]),
-        (iter([(X, Y), X]), X, [(X, Y), X]),
+        (iter([(X, Y), X]), X, [(X,), X]),
+        ([(X, Z), (X, Z, Y)], (X, Z), [(X, Z), (X, Z)]),
+        ([Pair(X, Y)], (Pair(X, Y),), [Pair(X, Y)]),
         (X, X, X),
         (None, X, None),
     ],
 )
 def test_calibration_is_read_again_and_again(calibration, example_inputs, expected):
-    read = read_calibration(calibration, example_inputs)
+    read, model = read_calibration(calibration, example_inputs), Catch()
     if isinstance(expected, list):
-        assert str(list(read)) == str(list(read)) == str(expected)
+        for _ in range(2):
+            assert str([model_inputs(model, batch) for batch in read]) == str(expected)
         assert len(read) == len(expected)
     else:
         assert read is expected
@@ -114,6 +117,8 @@ def test_calibration_is_read_again_and_again(calibration, example_inputs, expect
     [
         (lambda x: None, X, (X,), {}, [X, (X, Y), {"image": X, "label": Y}]),
         (lambda a, b: None, (X, Z), (X, Z), {}, [(X, Z), (X, Z, Y), ((X, Z), Y)]),
+        (lambda a, b=None: None, (X, Z), (X, Z), {}, [(X, Z), (X, Z, Y), ((X, Z), Y)]),
+        (lambda *inputs: None, (X, Z), (X, Z), {}, [(X, Z), (X, Z, Y), ((X, Z), Y)]),
         (
             lambda a, b: None,
             {"a": X, "b": Z},
@@ -141,6 +146,24 @@ def test_the_table_of_the_guide(model, example_inputs, args, kwargs, batches):
 def test_calibration_that_is_no_iterable():
     with pytest.raises(CalibrationError, match=r"iterable of what the model is called with, got int.*a DataLoader"):
         read_calibration(8, X)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x, scale=None):
+        return self.second(torch.relu(self.first(x if scale is None else x * scale)))
+
+
+def test_an_optional_input_of_the_example_is_one_of_the_calibration_data():
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.linspace(-1, 1, 32).reshape(4, 8)
+    for scale in (torch.tensor(1.0), torch.tensor(10.0)):
+        recipe = lnn.Quantize("int8", activations="int8")
+        small = lnn.compress_model(model, (x, scale), recipe, calibration=[(x, scale)], progress=False).model
+        assert torch.allclose(small(x, scale), model(x, scale), atol=0.02 * float(scale))
 
 
 class TakesDict(nn.Module):

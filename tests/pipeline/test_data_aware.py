@@ -109,6 +109,20 @@ def test_after_training_the_trained_network_is_what_counts(net):
     assert error(small, tuned) < 0.5 * error(small, net)
 
 
+def test_state_that_is_no_tensor_is_left_alone(net):
+    class WithVersion(type(net)):
+        def get_extra_state(self):
+            return {"version": 3}
+
+        def set_extra_state(self, state):
+            self.version = state["version"]
+
+    expected = compress(net).model
+    versioned = copy.deepcopy(net)
+    versioned.__class__ = WithVersion
+    assert compress(versioned).model(TEST).equal(expected(TEST))
+
+
 def test_layers_called_twice_are_named_in_the_report():
     class Twice(nn.Module):
         def __init__(self):
