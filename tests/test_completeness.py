@@ -66,6 +66,34 @@ def test_every_layer_is_exported_and_documented(name):
     assert any(f"`{name}`" in row for row in rows), "no table in README.md or docs/ has a row for it"
 
 
+def summary(value):
+    """The first line of a docstring, as Markdown."""
+    line = inspect.getdoc(value).splitlines()[0]
+    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", line).replace("``", "`")
+
+
+def test_the_index_lists_every_public_name_with_its_summary_and_a_page_about_it():
+    text = (ROOT / "docs/api.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| \[\w+\]\((\w+\.md)\) \|$", text, flags=re.MULTILINE)
+    listed = {name: (what, page) for name, what, page in rows}
+    assert len(rows) == len(listed), "a name is listed twice"
+    assert set(listed) == set(public_names())
+    for name, value in public_names().items():
+        what, page = listed[name]
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert what == summary(value)
+        assert re.search(rf"\b{name}\b", (ROOT / "docs" / page).read_text()), f"{page} does not mention {name}"
+
+
+def test_the_index_lists_names_of_subpackages_that_exist():
+    text = (ROOT / "docs/api.md").read_text()
+    rows = re.findall(r"^\| `(lowrank_nn\.\w+)\.(\w+)` \| (.+) \|$", text, flags=re.MULTILINE)
+    assert len(rows) > 20
+    assert {name: what for _, name, what in rows} == {
+        name: summary(getattr(importlib.import_module(module), name)) for module, name, _ in rows
+    }
+
+
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_every_layer_docstring_has_its_sections(name):
     doc = inspect.getdoc(LAYERS[name])
@@ -110,6 +138,28 @@ def test_every_argument_of_a_public_name_is_documented():
             if undocumented := [parameter for parameter in own_parameters(value) if parameter not in documented]:
                 missing[name] = undocumented
     assert missing == {}
+
+
+def resolves(reference, module):
+    """Whether a cross-reference in a module's docstrings names something: in full, or as seen from the module."""
+    if reference.startswith("lowrank_nn."):
+        found, names = lowrank_nn, reference.split(".")[1:]
+        for name in names:
+            found = getattr(found, name, None)
+        return found is not None
+    first, *rest = reference.split(".")
+    around = importlib.import_module(module.__name__.rpartition(".")[0] or "lowrank_nn")
+    seen = [module, around, lowrank_nn, *(value for value in vars(module).values() if inspect.isclass(value))]
+    found = next((getattr(place, first) for place in seen if hasattr(place, first)), None)
+    for name in rest:
+        found = getattr(found, name, None)
+    return found is not None
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_cross_references_in_docstrings_name_something(module):
+    references = re.findall(r":(?:func|class|meth|mod|data):`~?([\w.]+)`", inspect.getsource(module))
+    assert [reference for reference in references if not resolves(reference, module)] == []
 
 
 def test_names_exported_by_packages_exist_and_are_public():

@@ -80,7 +80,7 @@ def stand_ins():
 
 def pages():
     """The pages with code that have no test of their own below."""
-    own = ("filters_on_data", "write_your_own_layer")
+    own = ("filters_on_data", "troubleshooting", "write_your_own_layer")
     return sorted(path.stem for path in (ROOT / "docs").glob("*.md") if path.stem not in own and blocks(path))
 
 
@@ -114,6 +114,40 @@ def test_the_page_on_filters_runs():
     exec(recipe, names)
     trained = lnn.compress_model(names["model"], images[:1], names["recipe"], progress=False)
     assert trained.report.compression_rate["params"] > 1.3
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile imports what says so
+def test_the_page_on_troubles_quotes_the_errors_that_its_code_raises(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 8, 8), torch.arange(8)
+    names = {"lnn": lnn, "torch": torch, "model": MyNet(), "images": images, "labels": labels, "example_inputs": images}
+    names["result"] = types.SimpleNamespace(model=names["model"])
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    pairs = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, flags=re.DOTALL)
+    assert len(pairs) == page.count("```python")
+    for code, quoted in pairs:
+        with pytest.raises(lnn.LowRankError) as caught:
+            exec(code, names)
+        assert f"{caught.typename}: {caught.value}".startswith(quoted.strip())
+
+
+def test_the_page_on_troubles_lists_every_error_with_its_parent():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    errors = {name: value for name, value in vars(lnn).items() if name.endswith("Error")}
+    listed = dict(re.findall(r"^\| `(\w+Error)` \|.*\| `(\w+)` \|$", page, flags=re.MULTILINE))
+    assert set(listed) == set(errors) - {"LowRankError"}
+    for name, parent in listed.items():
+        assert parent in [base.__name__ for base in errors[name].__bases__]
+
+
+def test_the_recipes_to_choose_from_can_be_made():
+    page = (ROOT / "docs/choosing.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| (.+?) \| [^|]+ \| [^|]+ \|$", page, flags=re.MULTILINE)
+    codes = [code for row in rows for code in re.findall(r"`(.+?)`", row) if "..." not in code and code != "nn.Linear"]
+    names = {**vars(lnn), "loader": [torch.zeros(1)], "metric": lambda model: 0.0}
+    made = [eval(code, names) for code in codes]
+    assert len(made) > 15
 
 
 @pytest.fixture

@@ -138,7 +138,8 @@ class PrunedConv2d(CompressedConv2d, PrunedLayer):
                 may stay; the layer stores the smallest rectangle around them (not known on the meta device, where it
                 stores the whole kernel).
             criterion: Which units matter least.
-            fisher: F of each scalar of the dense weight, from :func:`lowrank_nn.diagonal_fisher`; for ``"obd"``.
+            fisher: F of each scalar of the dense weight, from :func:`lowrank_nn.planning.diagonal_fisher`, for
+                ``"obd"``.
             seed: Seed of ``"random"``.
 
         Raises:

@@ -26,7 +26,7 @@ class NarrowWindowAttention(nn.Module):
     Shape:
         - Input and output: ``(N, H, W, channels)``; H and W are padded to whole windows.
 
-    Reference:
+    References:
         Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021.
     """
 
@@ -123,7 +123,7 @@ class NarrowWindowAttentionV2(NarrowWindowAttention):
     positions come from a small network, ``cpb_mlp``. Keys have no bias. What torchvision's ``ShiftedWindowAttentionV2``
     becomes.
 
-    Reference:
+    References:
         Liu et al., "Swin Transformer V2: Scaling Up Capacity and Resolution", CVPR 2022.
     """
 

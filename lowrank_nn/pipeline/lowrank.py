@@ -24,7 +24,7 @@ from lowrank_nn.planning.rules import ALLOCATIONS, AllocationRule
 
 
 class LowRank(Step):
-    """Replace layers by low-rank formats.
+    """Replace layers by low-rank formats, chosen together under the budget or one by one by a rank rule.
 
     Without ``rank``, the format (Tucker, SVD, CP: every registered one) and the rank of each layer are chosen
     together for the whole network, by a Lagrangian multiple-choice knapsack over all candidates, the dense layer

@@ -156,7 +156,7 @@ def build(decision: Decision, layer: nn.Module, data: dict[str, Any]) -> Compres
 
 
 class Step(abc.ABC):
-    """One step of a recipe.
+    """One step of a recipe: it decides what becomes of each layer, and then does it.
 
     First, on the meta device, every step decides what becomes of each layer (from the structure and, where it must,
     from the given weights) and carries its decisions out on the model without numbers: that is the plan. Then the

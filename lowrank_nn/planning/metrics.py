@@ -46,10 +46,10 @@ def collect_metrics(
     general they are to first order in Delta, and on average over changes (:class:`CurvatureProbes`).
 
     One pass in eval mode. Every call of a layer counts. C is taken over all positions of small maps and over at most
-    128 per image of large ones, drawn at random (:class:`PatchSampler`); H, which costs a forward and a backward more,
-    over all positions of the batches up to the 1000th image. To be invertible in spite of inputs that never change, C
-    gets 1e-5 of its mean diagonal entry added to its diagonal, H 1e-4. Products are computed in float32 (float64 for
-    models in float64) and added up in float64.
+    128 per image of large ones, drawn at random (:mod:`lowrank_nn.planning.patches`); H, which costs a forward and a
+    backward more, over all positions of the batches up to the 1000th image. To be invertible in spite of inputs that
+    never change, C gets 1e-5 of its mean diagonal entry added to its diagonal, H 1e-4. Products are computed in float32
+    (float64 for models in float64) and added up in float64.
 
     Memory does not grow with the number of images: for each layer 8 bytes per entry of C (p x p per group, p =
     in_channels / groups * kh * kw) and 16 per entry of H (o x o per group, o = out_channels / groups), twice the
