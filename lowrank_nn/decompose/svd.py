@@ -84,7 +84,7 @@ def _project_on_subspace(matrix: Tensor, rank: int, size: int) -> tuple[Tensor, 
     """Do the same by subspace iteration on the Gram matrix, with ``size`` vectors."""
     full = whole_gram(matrix, matrix.dtype)
     generator = torch.Generator().manual_seed(0)
-    basis = torch.randn((matrix.shape[0], size), generator=generator, device="cpu").to(matrix)
+    basis = torch.randn((matrix.shape[0], size), generator=generator, dtype=torch.float32, device="cpu").to(matrix)
     for _ in range(_SUBSPACE_ITERATIONS):
         basis = torch.linalg.qr(full @ basis).Q
     # The float32 Gram matrix hides directions below 3e-4 of the largest; one pass through the matrix itself

@@ -44,8 +44,7 @@ def mode_roots(metric: Metric, inputs: Sequence[int], outputs: Sequence[int]) ->
     covariances, scale = _marginals(metric.covariance, inputs)
     curvature = metric.curvature
     if curvature is None:
-        ones = torch.ones(metric.groups, math.prod(outputs), device="cpu")
-        curvature = ones.to(metric.mean)
+        curvature = metric.mean.new_ones(metric.groups, math.prod(outputs))
     curvatures, curved = _marginals(curvature, outputs)
     return ModeRoots([square_root(C) for C in covariances], [square_root(H) for H in curvatures], scale * curved)
 
@@ -95,5 +94,6 @@ def _marginals(matrices: Tensor, sizes: Sequence[int]) -> tuple[list[Tensor], Te
             part = torch.einsum("gaibajb->gij", folded)
         average = (mean * before * behind)[:, None, None]
         seen = average > 0  # where the inputs never change, any weight is as good
-        parts.append(torch.where(seen, part / torch.where(seen, average, 1.0), torch.eye(size, device="cpu").to(part)))
+        unit = torch.eye(size, dtype=part.dtype, device=part.device)
+        parts.append(torch.where(seen, part / torch.where(seen, average, 1.0), unit))
     return parts, mean

@@ -75,9 +75,9 @@ def weighted_tucker2(
     else:
         core, out_factor, in_factor = _search(weight, metric, searched, r_in, start, iterations, tolerance)
     if r_out == outputs:
-        out_factor = torch.eye(outputs, device="cpu").to(core).expand(groups, -1, -1)
+        out_factor = torch.eye(outputs, dtype=core.dtype, device=core.device).expand(groups, -1, -1)
     if r_in == inputs:
-        in_factor = torch.eye(inputs, device="cpu").to(core).expand(groups, -1, -1)
+        in_factor = torch.eye(inputs, dtype=core.dtype, device=core.device).expand(groups, -1, -1)
     return TuckerFactors(core.reshape(*core.shape[:3], *spatial), out_factor, in_factor)
 
 

@@ -40,10 +40,11 @@ class HintRegressor(nn.Module):
         self.channel_dim = channel_dim
         generator = torch.Generator("cpu").manual_seed(0)
         bound = 1 / math.sqrt(in_channels)
-        weight = torch.empty(out_channels, in_channels, device="cpu").uniform_(-bound, bound, generator=generator)
-        bias = torch.empty(out_channels, device="cpu").uniform_(-bound, bound, generator=generator)
-        self.weight = nn.Parameter(weight.to(device, dtype))
-        self.bias = nn.Parameter(bias.to(device, dtype))
+        drawn = (
+            torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+            for shape in ((out_channels, in_channels), (out_channels,))
+        )
+        self.weight, self.bias = (nn.Parameter(values.to(device, dtype)) for values in drawn)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map the student's features to the teacher's width.

@@ -158,7 +158,7 @@ class FeatureTap(FeatureLoss):
         student, teacher = self.widths or (output_width(student_layer), output_width(layer))
         if student == teacher:
             return None
-        like = next(student_layer.parameters(), torch.empty(0))
+        like = next(student_layer.parameters(), torch.empty(0, dtype=torch.float32))
         dtype = torch.promote_types(like.dtype, torch.float32)
         return HintRegressor(student, teacher, channel_dim=self.channel_dim, device=like.device, dtype=dtype)
 

@@ -150,7 +150,8 @@ def unit_scores(
         raise OptionError(f"{name}: fisher is used by criterion='obd' alone, got it with criterion={criterion!r}.")
     if criterion == "random":
         # Drawn on the CPU so that every device prunes the same units.
-        return torch.rand(units.grid, generator=torch.Generator().manual_seed(seed), device="cpu").to(weight.device)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(units.grid, generator=generator, dtype=torch.float32, device="cpu").to(weight.device)
     magnitude = _relative(weight.abs())
     if criterion == "l1":
         return units.sums(magnitude)
@@ -214,7 +215,7 @@ def random_mask(name: str, shape: tuple[int, ...], nonzeros: int, device: torch.
             f"{name}: nonzeros must be from 1 to the {count} entries of the stored weight, got {nonzeros!r}. Pass None "
             "for a layer without mask."
         )
-    return keep_largest(torch.rand(shape, device=device), nonzeros)
+    return keep_largest(torch.rand(shape, dtype=torch.float32, device=device), nonzeros)
 
 
 def bounding_window(positions: Tensor) -> Window | None:

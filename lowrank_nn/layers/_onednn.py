@@ -201,7 +201,7 @@ def _try_convolution(input_top: int, weight_top: int, groups: int) -> bool:
     shape = (16, 16 // groups, 3, 3)
     weight, x = _extremes(shape, -weight_top, weight_top), _extremes((1, 16, 6, 6), 0, input_top)
     geometry = Geometry((1, 1), (1, 1, 1, 1), (1, 1), groups)
-    found = PackedWeight(weight.to(torch.int8), torch.ones((), device="cpu"), None, _TRIAL, geometry).run(
+    found = PackedWeight(weight.to(torch.int8), weight.new_ones(()), None, _TRIAL, geometry).run(
         x.to(torch.uint8), None
     )
     return torch.equal(found.double(), torch.conv2d((x - 3).double(), weight.double(), None, 1, 1, 1, groups))
@@ -209,7 +209,7 @@ def _try_convolution(input_top: int, weight_top: int, groups: int) -> bool:
 
 def _try_linear(input_top: int, weight_top: int) -> bool:
     weight, x = _extremes((16, 64), -weight_top, weight_top), _extremes((4, 64), 0, input_top)
-    found = PackedWeight(weight.to(torch.int8), torch.ones((), device="cpu"), None, _TRIAL).run(x.to(torch.uint8), None)
+    found = PackedWeight(weight.to(torch.int8), weight.new_ones(()), None, _TRIAL).run(x.to(torch.uint8), None)
     return torch.equal(found.double(), (x - 3).double() @ weight.double().T)
 
 

@@ -54,7 +54,7 @@ class PrunedLayer(LeafLayer):
         out = units.blocks[0] * units.blocks[1]
         self.kernel = nn.Parameter(torch.empty(stored_shape, **factory))
         self.bias = nn.Parameter(torch.empty(out, **factory)) if bias else None
-        keep = keep_largest(torch.rand(stored.grid, device=self.kernel.device), kept)
+        keep = keep_largest(torch.rand(stored.grid, dtype=torch.float32, device=self.kernel.device), kept)
         self.register_buffer("mask", stored.spread(keep, stored_shape))
         self.reset_parameters()
 

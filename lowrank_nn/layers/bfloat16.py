@@ -15,13 +15,14 @@ from typing_extensions import Self
 from lowrank_nn.cost import Cost
 from lowrank_nn.layers._base import register_layer
 from lowrank_nn.layers._leaf import LeafLayer
-from lowrank_nn.layers._packed import Derived, is_channels_last, may_use_kernel, own_tensors
+from lowrank_nn.layers._packed import Derived, is_channels_last, may_use_kernel, own_tensors, takes
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size, draw_bias_
+from lowrank_nn.layers._shared import ComputedBuffers
 from lowrank_nn.layers._source import read_layer
 from lowrank_nn.layers._window import explicit_padding, pad_and_crop
 
 
-class BFloat16Layer(LeafLayer):
+class BFloat16Layer(ComputedBuffers, LeafLayer):
     """Base of the layers with a weight in bfloat16: float32 with 8 significant bits.
 
     Attributes:
@@ -89,7 +90,9 @@ class BFloat16Layer(LeafLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer: in bfloat16 where kernels do, else in the dtype of the input with rounded weights."""
         # Under no_grad only, because the results differ from those with gradients: the kernels round the input too.
-        run = KERNELS.of(self) if not torch.is_grad_enabled() and may_use_kernel(self, input) else None
+        if torch.is_grad_enabled() or not may_use_kernel(self, input) or not takes(self, input.shape):
+            return self.simulate(input)
+        run = KERNELS.of(self)
         return self.simulate(input) if run is None else run(input)
 
     @abc.abstractmethod
@@ -239,13 +242,14 @@ class BFloat16Linear(CompressedLinear, BFloat16Layer):
 
     def make_kernel(self) -> Callable[[Tensor], Tensor]:
         """Return the product with float32 rows on bfloat16 kernels."""
-        weight, bias = self.kernel, _rounded(self.bias)
+        # Not self: what is kept beside a layer must not keep it.
+        weight, bias, (out, inn) = self.kernel, _rounded(self.bias), self.weight_shape
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
         def run(x: Tensor) -> Tensor:
-            rows = x.to(torch.bfloat16).reshape(-1, self.in_features)
+            rows = x.to(torch.bfloat16).reshape(-1, inn)
             y = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
-            return cast(Tensor, y.to(torch.float32).reshape(*x.shape[:-1], self.out_features))
+            return cast(Tensor, y.to(torch.float32).reshape(*x.shape[:-1], out))
 
         return run
 
@@ -277,8 +281,8 @@ def _has_kernels() -> bool:
 
 
 def _is_right(layer: BFloat16Layer) -> bool:
-    layer.approximate_(torch.ones(layer.weight_shape, device="cpu"))
-    x = torch.ones(1, 4, 4, 4, device="cpu")
+    layer.approximate_(torch.ones(layer.weight_shape, dtype=torch.float32, device="cpu"))
+    x = torch.ones(1, 4, 4, 4, dtype=torch.float32, device="cpu")
     return torch.equal(layer.make_kernel()(x), layer.simulate(x))
 
 

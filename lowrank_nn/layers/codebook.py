@@ -119,7 +119,8 @@ class CodebookLayer(LeafLayer):
         """Draw each weight from 2^bits evenly spaced values of the variance of torch's default; the mask stays."""
         if not self.indices.is_meta:
             self.indices.copy_(self._masked(torch.randint_like(self.indices, 2**self.bits)))
-            levels = torch.arange(2**self.bits, device=self.codebook.device) - (2**self.bits - 1) / 2
+            levels = torch.arange(2**self.bits, dtype=torch.float32, device=self.codebook.device)
+            levels -= (2**self.bits - 1) / 2
             self.codebook.copy_(levels / (levels.square().mean() * 3 * self.fan_in).sqrt())
         draw_bias_(self.bias, self.fan_in)
 

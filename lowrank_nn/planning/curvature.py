@@ -144,7 +144,9 @@ class CurvatureProbes:
     def _direction(self, index: int, output: Tensor) -> Tensor:
         """Draw v for one of the outputs, image by image: the same for every split of the images into batches."""
         generator = self._generators.setdefault(index, torch.Generator().manual_seed(self._seed + index))
-        v = torch.stack([torch.randn(output.shape[1:], generator=generator, device="cpu") for _ in range(len(output))])
+        v = torch.empty(output.shape, dtype=torch.float32, device="cpu")
+        for image in v:
+            image.normal_(generator=generator)
         if output.dim() == 2 and output.shape[1] > 1:
             v -= v.mean(1, keepdim=True)
         return v.to(output)
@@ -223,7 +225,7 @@ class LayerCurvature:
 
 def random_filters(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Return standard normal weights for :class:`LayerCurvature`."""
-    return torch.randn(shape, generator=generator, device="cpu")
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _outputs(layer: nn.Conv2d | nn.Linear) -> int:

@@ -31,7 +31,7 @@ class RunningCovariance:
     def __init__(self, *, diagonal: bool = False) -> None:
         self.count = 0.0
         self._diagonal = diagonal
-        self._mean = self._scatter = torch.zeros((), device="cpu")
+        self._mean = self._scatter = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, rows: Tensor, weight: float = 1.0) -> None:
         """Take in vectors (groups, n, p), n at least 1, each counting ``weight`` times; ``rows`` is overwritten."""
