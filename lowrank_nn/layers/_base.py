@@ -192,8 +192,11 @@ class CompressedLayer(nn.Module, abc.ABC):
         return dense.train(self.training)
 
     def extra_repr(self) -> str:
-        """Show the constructor's arguments."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+        """Show the constructor's arguments, without those that are at their defaults."""
+        defaults = {name: parameter.default for name, parameter in inspect.signature(type(self)).parameters.items()}
+        pairs = {name: (default, default) for name, default in defaults.items()}  # a stride of 1 is kept as (1, 1)
+        own = {name: value for name, value in self.config().items() if value not in (defaults[name], pairs[name])}
+        return ", ".join(f"{name}={value!r}" for name, value in own.items())
 
     @classmethod
     def empty(cls, *, device: torch.device | str | None, dtype: torch.dtype | None, **config: Any) -> Self:

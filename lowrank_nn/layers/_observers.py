@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from lowrank_nn.errors import CalibrationError, OptionError
 from lowrank_nn.layers._histogram import Floats, Histogram
+
+ObserverName = Literal["minmax", "percentile", "mse", "entropy"]
 
 PERCENTILE = 99.99
 ROUNDS = 20
@@ -224,7 +227,7 @@ class EntropyObserver(_SearchingObserver):
         return divergence
 
 
-OBSERVERS: dict[str, Callable[[int], Observer]] = {
+OBSERVERS: dict[ObserverName, Callable[[int], Observer]] = {
     "minmax": lambda bits: MinMaxObserver(),
     "percentile": lambda bits: PercentileObserver(),
     "mse": MSEObserver,
@@ -233,7 +236,7 @@ OBSERVERS: dict[str, Callable[[int], Observer]] = {
 """Observers by the name that options give them, as functions of the bits of the quantized values."""
 
 
-def make_observer(name: str, bits: int) -> Observer:
+def make_observer(name: ObserverName, bits: int) -> Observer:
     """Return a new observer.
 
     Args:

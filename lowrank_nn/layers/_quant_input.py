@@ -13,7 +13,7 @@ from lowrank_nn.errors import CalibrationError, OptionError
 from lowrank_nn.layers._affine import Grid, affine_parameters, fake_quantize, unsigned_grid
 from lowrank_nn.layers._deferred import Deferred
 from lowrank_nn.layers._leaf import LeafLayer
-from lowrank_nn.layers._observers import make_observer
+from lowrank_nn.layers._observers import ObserverName, make_observer
 from lowrank_nn.layers._qdq import PairGrid, exports_pairs
 
 
@@ -30,7 +30,7 @@ class QuantizedInputLayer(LeafLayer):
     input_scale: Tensor | None
     input_zero_point: Tensor | None
 
-    def calibrate(self, inputs: Tensor | Iterable[Tensor], *, observer: str = "minmax") -> None:
+    def calibrate(self, inputs: Tensor | Iterable[Tensor], *, observer: ObserverName = "minmax") -> None:
         """Choose the range of the quantized input from what the layer is called with on typical data.
 
         Args:

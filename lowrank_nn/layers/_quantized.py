@@ -13,6 +13,7 @@ from typing_extensions import Self
 from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import OptionError, check_whole_number
 from lowrank_nn.layers._masks import random_mask
+from lowrank_nn.layers._observers import ObserverName
 from lowrank_nn.layers._pruned import PrunedLayer, sparsity_options
 from lowrank_nn.layers._quant_input import check_calibration
 from lowrank_nn.layers._quant_weight import BUFFERS, QuantizedWeightLayer, Scheme
@@ -75,7 +76,7 @@ class QuantLayer(QuantizedWeightLayer):
         scheme: Scheme = "symmetric",
         activation_bits: int | None = None,
         inputs: Tensor | Iterable[Tensor] | None = None,
-        observer: str = "minmax",
+        observer: ObserverName = "minmax",
         input_range: tuple[float, float] | None = None,
         output_range: tuple[float, float] | None = None,
         metric: Metric | None = None,

@@ -20,7 +20,7 @@ from lowrank_nn.pipeline.select import Patterns, strictest
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning import Budget, Candidate, Clock, SiteCandidates, TimedCandidates
 from lowrank_nn.planning.constraints import checked_shares, in_multiples, within_shares
-from lowrank_nn.planning.rules import ALLOCATIONS, AllocationRule
+from lowrank_nn.planning.rules import ALLOCATIONS, Allocation, AllocationRule
 
 
 class LowRank(Step):
@@ -78,7 +78,7 @@ class LowRank(Step):
         but_not: Patterns = (),
         formats: Sequence[type[LowRankLayer]] | None = None,
         rank: RankRule | None = None,
-        allocation: str = "knapsack",
+        allocation: Allocation = "knapsack",
         multiple_of: int = 1,
         at_least: Mapping[str, float] | None = None,
         at_most: Mapping[str, float] | None = None,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowrank_nn.errors import OptionError, PlanError, is_share
 from lowrank_nn.layers import CompressedLayer, PrunedConv2d, PrunedLinear
-from lowrank_nn.layers._masks import GRANULARITIES
+from lowrank_nn.layers._masks import GRANULARITIES, Granularity
 from lowrank_nn.pipeline.apply import decide_layer, matching
 from lowrank_nn.pipeline.filters import FilterRemoval
 from lowrank_nn.pipeline.select import Patterns
@@ -73,7 +73,7 @@ class Prune(Step):
         self,
         amount: float | None = None,
         *,
-        granularity: str = "element",
+        granularity: Granularity = "element",
         criterion: str | UnitCriterion = "l1",
         scope: Scope | None = None,
         round_to: int = 1,

@@ -13,7 +13,8 @@ from lowrank_nn.graph import chain_quantized
 from lowrank_nn.layers import BFloat16Conv2d, BFloat16Linear, CompressedLayer, QuantConv2d, QuantLinear
 from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._kernel import obstacle
-from lowrank_nn.layers._observers import OBSERVERS
+from lowrank_nn.layers._observers import OBSERVERS, ObserverName
+from lowrank_nn.layers._quant_weight import Scheme
 from lowrank_nn.layers.bfloat16 import BFloat16Layer, bfloat16_obstacle
 from lowrank_nn.pipeline.apply import decide_layer, matching
 from lowrank_nn.pipeline.bits import share_out_bits
@@ -78,8 +79,8 @@ class Quantize(Step):
         weights: str | Sequence[str] = "int8",
         *,
         activations: str | None = None,
-        scheme: str = "symmetric",
-        observer: str = "minmax",
+        scheme: Scheme = "symmetric",
+        observer: ObserverName = "minmax",
         keep_fastest: bool = False,
         data_aware: bool | None = None,
         reconstruct: bool = True,

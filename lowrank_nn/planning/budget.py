@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,9 @@ from torch import nn
 from lowrank_nn.cost import Cost
 from lowrank_nn.errors import OptionError, is_share
 
-_SHARES = ("params", "macs", "bytes", "latency")
+Quantity = Literal["params", "macs", "bytes", "latency"]
+
+_SHARES: tuple[Quantity, ...] = get_args(Quantity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Budget:
     latency: float | None = None
     accuracy_drop: float | None = None
     evaluate: Callable[[nn.Module], float] | None = None
-    of: str = "params"
+    of: Quantity = "params"
 
     def __post_init__(self) -> None:
         shares = self.shares()

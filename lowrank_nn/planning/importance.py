@@ -40,7 +40,7 @@ def unit_importance(
     loss: BatchLoss | None = None,
     corrected: bool = False,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> dict[str, Tensor]:
     r"""Return the importance of each unit of each group.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowrank_nn.errors import CalibrationError
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.preserve import evaluating
-from lowrank_nn.layers._observers import Observer, make_observer
+from lowrank_nn.layers._observers import Observer, ObserverName, make_observer
 from lowrank_nn.planning.calibration import layers_at, run_batches, watch
 
 
@@ -31,7 +31,7 @@ def collect_ranges(
     batches: Iterable[Any],
     paths: Iterable[str],
     *,
-    observer: str = "minmax",
+    observer: ObserverName = "minmax",
     bits: int = 8,
     max_batches: int | None = None,
     progress: bool = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from lowrank_nn.planning.allocation import allocate, repair
 from lowrank_nn.planning.baselines import alds_candidates, musco_candidates
 from lowrank_nn.planning.candidates import SiteCandidates, low_rank_candidates
 from lowrank_nn.planning.choices import Choices, ChoiceTable, Chosen, Floats, least
+
+Allocation = Literal["knapsack", "uniform", "alds", "musco"]
 
 
 def uniform(layers: Sequence[Choices], allowed: Floats) -> list[int] | None:
@@ -125,7 +128,7 @@ class AllocationRule:
     formats: tuple[type[LowRankLayer], ...] | None = None
 
 
-ALLOCATIONS: dict[str, AllocationRule] = {
+ALLOCATIONS: dict[Allocation, AllocationRule] = {
     "knapsack": AllocationRule(allocate),
     "uniform": AllocationRule(uniform),
     "alds": AllocationRule(min_max, alds_candidates, (SVDConv2d, SVDLinear)),

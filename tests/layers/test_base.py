@@ -10,6 +10,7 @@ from lowrank_nn.errors import LowRankError, OptionError, RankError, UnsupportedL
 from lowrank_nn.layers import (
     LAYERS,
     CompressedLinear,
+    QuantConv2d,
     SVDConv2d,
     SVDLinear,
     layer_cost,
@@ -185,9 +186,16 @@ def test_an_empty_layer_draws_no_random_number():
     assert layer.reduce.weight.dtype == torch.float64
 
 
-def test_repr_is_the_constructor_call():
+def test_repr_is_the_constructor_call_without_defaults():
     layer = SVDLinear(6, 4, rank=2)
-    assert repr(layer).startswith("SVDLinear(\n  in_features=6, out_features=4, rank=2, bias=True")
+    assert repr(layer).startswith("SVDLinear(\n  in_features=6, out_features=4, rank=2\n")
+    assert repr(SVDLinear(6, 4, bias=False, rank=2)).startswith(
+        "SVDLinear(\n  in_features=6, out_features=4, rank=2, bias=False\n"
+    )
+    strided = QuantConv2d(4, 8, 3, stride=(2, 1), padding=1, bits=4)
+    assert repr(strided) == (
+        "QuantConv2d(in_channels=4, out_channels=8, kernel_size=(3, 3), stride=(2, 1), padding=(1, 1), bits=4)"
+    )
     assert layer.config() == {"in_features": 6, "out_features": 4, "rank": 2, "bias": True}
 
 
