@@ -35,7 +35,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for parameter, trains in flags:
-                parameter.requires_grad_(trains)
+                if parameter.requires_grad != trains:
+                    with torch.inference_mode(parameter.is_inference()):
+                        parameter.requires_grad_(trains)
             for module, (attributes, tables) in modules:
                 _restore_attributes(module, attributes, tables)
             for buffer, values in buffers:

@@ -15,8 +15,11 @@ from torch import nn
 from lowrank_nn.cost import compare_speed
 from lowrank_nn.errors import LowRankError, PlanError
 from lowrank_nn.graph import Recording, call_model, record
+from lowrank_nn.graph.derive import deep_copy
 from lowrank_nn.graph.fold import folded_norms
 from lowrank_nn.graph.inputs import tensors
+from lowrank_nn.graph.sites import refuse_opaque
+from lowrank_nn.graph.surgery import named_tensors
 from lowrank_nn.pipeline.apply import Apply
 from lowrank_nn.pipeline.batches import read_calibration
 from lowrank_nn.pipeline.dryrun import DryRun
@@ -170,6 +173,9 @@ def _start(
     _check_budget(budget)
     calibration = read_calibration(calibration, example_inputs)  # several steps may go through it
     with _own_modes(seed):
+        refuse_opaque(model)
+        if any(tensor.is_inference() for tensor in named_tensors(model).values()):
+            model = deep_copy(model, type(model).__name__)  # whose tensors take gradients
         original = record(model, example_inputs)
     return State(model, model, original, example_inputs, calibration, budget, seed=seed, progress=progress)
 

@@ -240,11 +240,15 @@ def test_autocast_of_the_caller_changes_nothing(recipe):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_calls_without_gradients_train_all_the_same(mode):
     recipe = [lnn.Apply(lnn.SVDLinear, where="fc", rank=3), lnn.FineTune([X], epochs=1)]
-    expected, model = compress(make_net(), recipe, budget=None).model.state_dict(), make_net()
+    expected, given = compress(make_net(), recipe, budget=None).model.state_dict(), make_net()
     with mode():
-        small = compress(model, recipe, budget=None).model
-    assert all(bits_of(value) == bits_of(expected[key]) for key, value in small.state_dict().items())
-    small.train()(X).sum().backward()
+        inside, made_inside = compress(given, recipe, budget=None).model, copy.deepcopy(make_net())
+    before = snapshot(made_inside)
+    from_inside = compress(made_inside, recipe, budget=None).model
+    assert_untouched(made_inside, before)
+    for small in (inside, from_inside):
+        assert all(bits_of(value) == bits_of(expected[key]) for key, value in small.state_dict().items())
+        small.train()(X).sum().backward()
 
 
 def test_modes_flags_and_hooks_carry_over():
