@@ -65,7 +65,7 @@ class ProjectedAttention(nn.MultiheadAttention, abc.ABC):
             x = x.unsqueeze(0)
         elif not self.batch_first:
             x = x.transpose(0, 1)
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return torch.unflatten(x, -1, (-1, self.head_dim)).transpose(1, 2)
 
     def _mask(self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor) -> Tensor | None:
         """Return what is added to the scores, ``(N or 1, heads or 1, L or 1, S)``; None where nothing is."""

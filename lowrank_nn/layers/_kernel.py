@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_nn.layers._affine import Grid, unsigned_grid
 from lowrank_nn.layers._deferred import Deferred
 from lowrank_nn.layers._onednn import CodeGrid, PackedWeight, is_exact, sums_fit
-from lowrank_nn.layers._packed import Derived, is_channels_last, may_use_kernel, own_tensors
+from lowrank_nn.layers._packed import Derived, is_channels_last, may_use_kernel, own_tensors, takes
 from lowrank_nn.layers._sources import Bytes, Given, Product, computed
 
 if TYPE_CHECKING:
@@ -36,13 +36,15 @@ class Kernel:
         self.grid = CodeGrid(float(scale), int(zero_point), grid.high)
         self._geometry = layer.geometry()
         self._channels_last = is_channels_last(codes)
-        self._input_shape: tuple[int, ...] | None = None
+        self._shapes: tuple[tuple[int, ...], tuple[int, ...] | None] | None = None
         self.weight = PackedWeight(codes.detach(), weight_scale.detach(), layer.bias, self.grid, self._geometry)
 
     def __call__(self, layer: IntegerLayer, x: Tensor) -> Tensor:
         """Compute ``layer`` on ``x``, or return a tensor that can be computed, where the layer is ``chained``."""
         if self._geometry is not None and len(known_shape(x)) == 3:
             return self(layer, x.unsqueeze(0)).squeeze(0)
+        if self.output_shape(layer, known_shape(x)) is None:
+            return layer.simulate(x)  # which says what is wrong
         return self.output(layer, self.input_of(x))
 
     def input_of(self, x: Tensor) -> Bytes:
@@ -54,11 +56,18 @@ class Kernel:
             codes = codes.contiguous(memory_format=torch.channels_last)
         return Given(codes, channels_last)
 
+    def output_shape(self, layer: IntegerLayer, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Return the shape of the output; None where the layer does not take inputs of this shape."""
+        known = self._shapes  # both shapes in one: other threads call with others
+        if known is None or known[0] != shape:
+            known = self._shapes = (shape, layer.output_shape(shape) if takes(layer, shape) else None)
+        return known[1]
+
     def product(self, layer: IntegerLayer, input: Bytes) -> Product:
         """Return what ``layer`` makes of the bytes of an input."""
-        if input.shape != self._input_shape:
-            self._input_shape, self._output_shape = input.shape, layer.output_shape(input.shape)
-        return Product(self.weight, input, self._output_shape, input.channels_last or self._channels_last)
+        shape = self.output_shape(layer, input.shape)
+        assert shape is not None
+        return Product(self.weight, input, shape, input.channels_last or self._channels_last)
 
     def output(self, layer: IntegerLayer, input: Bytes) -> Tensor:
         """Return the output of ``layer`` for the bytes of an input."""

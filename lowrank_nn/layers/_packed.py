@@ -6,13 +6,14 @@ It is neither saved nor copied: packed weights are opaque, and are made anew whe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_nn.layers._deferred import Deferred
+from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear
 
 Made = TypeVar("Made")
 Stamp = tuple[Tensor, int, int]
@@ -67,6 +68,20 @@ def may_use_kernel(layer: nn.Module, x: Tensor) -> bool:
     if torch._C._is_tracing():
         return False
     return type(x) is Tensor and x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0
+
+
+def takes(layer: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether a layer takes inputs of this shape: of others kernels do not say what is wrong, as torch's functions do.
+
+    Args:
+        layer: A compressed convolution or linear layer.
+        shape: Shape of an input, batched or not.
+    """
+    if isinstance(layer, CompressedConv2d):
+        fits = len(shape) in (3, 4) and shape[-3] == layer.in_channels
+        return fits and min(layer.output_shape(shape)[-2:]) > 0
+    assert isinstance(layer, CompressedLinear)
+    return len(shape) > 0 and shape[-1] == layer.in_features
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -60,6 +60,17 @@ def count_or_share(cls: type[nn.Module], name: str, count: int | None, share: fl
 class ComputedBuffers(CompressedLayer):
     """A layer with buffers that follow from its configuration: never saved, and filled anew where memory comes late."""
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Take over tensors; a layer on the meta device that gets its memory with them fills these buffers too."""
+        super()._load_from_state_dict(*args)
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        device = next((t.device for t in tensors if t is not None and not t.is_meta), None)
+        for name in self._non_persistent_buffers_set:
+            buffer = self.get_buffer(name)
+            if buffer.is_meta and device is not None:
+                self._buffers[name] = torch.empty_like(buffer, device=device)
+                self.fill_buffers()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert or move the tensors; a layer that gets its memory only now gets what these buffers hold too."""
         buffers = [self.get_buffer(name) for name in self._non_persistent_buffers_set]

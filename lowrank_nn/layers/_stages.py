@@ -40,14 +40,18 @@ def _kernels(stages: Sequence[nn.Module], x: Tensor) -> list[tuple[IntegerLayer,
         return []
     if torch._C._len_torch_function_stack() or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return []
-    kernels = []
+    kernels, shape = [], known_shape(x)
     for stage in stages:
         if not isinstance(stage, IntegerLayer) or _is_watched(stage):
             return []
         kernel = kernel_for(stage, x)
         if kernel is None or not (stage.chained or stage is stages[-1]):
             return []
+        shape_after = kernel.output_shape(stage, shape)
+        if shape_after is None:
+            return []
         kernels.append((stage, kernel))
+        shape = shape_after
     return kernels
 
 

@@ -112,7 +112,7 @@ class BFloat16Layer(ComputedBuffers, LeafLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         KERNELS.forget(self)  # the tensors are about to be moved or cast
         kernel = self.kernel
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self.kernel.dtype is not torch.bfloat16:
             self.kernel = kernel.to(self.kernel.device)
         return self

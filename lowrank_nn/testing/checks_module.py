@@ -39,7 +39,7 @@ def check_config(cls: type[CompressedLayer], case: Case) -> None:
 
 
 def check_copies(cls: type[CompressedLayer], case: Case) -> None:
-    """Deep copies, pickles and ``torch.save`` with ``weights_only=True`` give the same layer."""
+    """Deep copies, pickles, ``torch.save`` with ``weights_only=True`` and assigned states give the same layer."""
     layer, x = built(cls, case), case.input()
     expected = layer(x)
     for what, twin in (("deepcopy", copy.deepcopy(layer)), ("pickle", pickle.loads(pickle.dumps(layer)))):
@@ -53,6 +53,11 @@ def check_copies(cls: type[CompressedLayer], case: Case) -> None:
     twin = cls.empty(device="cpu", dtype=case.dtype, **layer.config()).train(layer.training)
     twin.load_state_dict(torch.load(file, weights_only=True), strict=True)
     expect_same_state(twin, layer, "torch.save")
+    twin = cls.empty(device="meta", dtype=case.dtype, **layer.config()).train(layer.training)
+    twin.load_state_dict(layer.state_dict(), assign=True)
+    here = not any(t.is_meta for t in (*twin.parameters(), *twin.buffers()))
+    expect(here, "load_state_dict(assign=True) left tensors of a layer on the meta device there")
+    expect(torch.equal(twin(x), expected), "load_state_dict(assign=True): another output")
 
 
 def check_weight_is_readable(cls: type[CompressedLayer], case: Case) -> None:

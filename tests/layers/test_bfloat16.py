@@ -1,7 +1,9 @@
 """BFloat16Conv2d and BFloat16Linear: rounded weights, kernels that compute what rounded inputs give."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -105,6 +107,21 @@ def test_kernels_are_for_evaluation_and_follow_the_layer():
         assert torch.equal(twin(x), layer(x))
         assert layer.double()(x.double()).dtype is torch.float64
     assert bfloat16_obstacle(layer) == "bfloat16 kernels are for layers in float32"
+
+
+@needs_kernels
+@pytest.mark.parametrize("linear_layer", [False, True])
+def test_packed_weights_do_not_keep_the_layer(linear_layer):
+    dense, x = (
+        (linear(12, 6), randn(2, 12)) if linear_layer else (dense_conv(torch.float32, kernel_size=3), randn(2, 4, 7, 7))
+    )
+    layer = (BFloat16Linear if linear_layer else BFloat16Conv2d).from_pretrained_layer(dense).eval()
+    with torch.no_grad():
+        layer(x)
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None
 
 
 class Net(nn.Module):
