@@ -253,9 +253,11 @@ def _cannot_be_met(target: Budget, state: State, fixed: NDArray[np.float64], tab
     ]
     stuck: dict[str, list[str]] = {}
     for table in tables:
-        if not table.candidates:
-            stuck.setdefault(table.note, []).append(table.path)
+        if table.note:
+            stuck.setdefault(table.note.rstrip("."), []).append(table.path)
     for site in state.sites():
+        if isinstance(site.layer, LowRankLayer):
+            stuck.setdefault("of low rank already", []).append(site.path)
         if without_compressed_form(site):
             stuck.setdefault(f"{type(site.layer).__name__} has no compressed form", []).append(site.path)
     out_of_reach = "".join(f" It cannot change {', '.join(paths)}: {note}." for note, paths in stuck.items())

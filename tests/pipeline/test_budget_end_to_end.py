@@ -134,6 +134,14 @@ def test_what_cannot_be_met_names_what_can(net, name):
     assert cost == pytest.approx(least, rel=0.01)
 
 
+def test_what_cannot_be_met_names_what_cannot_change(net):
+    small = compress(net, [lnn.Apply(lnn.TuckerConv2d, where="2", rank=(4, 4))], params=1.0).model
+    nn.utils.parametrizations.weight_norm(small[6])
+    message = r"It cannot change 6: .*parametrized weight.*\(layer, 'weight'\) first\. It cannot change 2: of low rank"
+    with pytest.raises(lnn.BudgetError, match=message):
+        compress(small, params=0.3)
+
+
 def test_layers_left_out_count_as_they_are(net):
     small = compress(net, [lnn.LowRank(formats=MATRICES, but_not="6")], params=0.8).model
     assert type(small[6]) is nn.Linear
