@@ -23,7 +23,7 @@ from lowrank_nn.pipeline.refit import merge_similar_, refit_readers
 from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State
 from lowrank_nn.planning import BatchLoss
-from lowrank_nn.planning.importance import ADDITIVE, UnitCriterion, unit_importance
+from lowrank_nn.planning.importance import ADDITIVE, UnitCriterion, obstacle, unit_importance
 from lowrank_nn.planning.unit_choice import KeepRule, least_important
 
 Found = TypeVar("Found")
@@ -81,7 +81,7 @@ class FilterRemoval:
         widths = shared_widths(open_groups, named_tensors(model))
         scores = _cached(state, ("scores", id(self)), lambda: self._scores(state, model, open_groups))
         notes = {group.name: group.frozen for group in wanted if group.frozen}
-        notes |= {g.name: "the criterion says nothing about it" for g in wanted if not (g.frozen or g.name in scores)}
+        notes |= {g.name: self._silence(model, g) for g in open_groups if g.name not in scores}
         if self.amount is None:
             every = dataclasses.replace(self.keep, scope="layer")
             probe = removals_of(wanted, every.choose(scores, _PROBED, widths))
@@ -191,6 +191,15 @@ class FilterRemoval:
             corrected=self._refits(state),
             seed=state.seed,
             progress=state.progress and not state.dry,
+        )
+
+    def _silence(self, model: nn.Module, group: ChannelGroup) -> str:
+        """Return why the criterion says nothing about a group."""
+        why = obstacle(model, group, self.criterion)
+        return (
+            f"criterion={self.criterion!r} says nothing about it: {why}"
+            if why
+            else "the criterion says nothing about it"
         )
 
     def _prove(

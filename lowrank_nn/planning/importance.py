@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lowrank_nn.errors import CalibrationError, OptionError
+from lowrank_nn.graph.fold import DENSE, computed_weight
 from lowrank_nn.graph.groups import ChannelGroup, Member
 from lowrank_nn.graph.surgery import named_tensors
 from lowrank_nn.planning.fisher import BatchLoss
@@ -28,6 +29,8 @@ FROM_LOSS = ("taylor", "obd")
 ADDITIVE = (*MOMENT_CRITERIA, *FROM_LOSS)
 """Criteria that estimate what is lost with a unit, in one unit for all groups: it can be set against what is saved."""
 UNIT_CRITERIA = (*FROM_WEIGHTS, *FROM_INPUTS, *MOMENT_CRITERIA, *FROM_LOSS)
+_MULTIPLYING = {**dict.fromkeys(MOMENT_CRITERIA, ("in",)), "similar": ("in", "through", "out")}
+"""Criteria that multiply by weights or add them up, and the roles of those: the weights that layers compute with."""
 
 
 def unit_importance(
@@ -78,7 +81,8 @@ def unit_importance(
 
     Returns:
         By name of the group a float64 tensor of shape ``(group.size,)`` on the CPU. Groups that the criterion says
-        nothing about are left out: without a norm, or read by nothing but products of activations.
+        nothing about are left out: without a norm, read by nothing but products of activations, or with an
+        :func:`obstacle`.
 
     Raises:
         OptionError: There is no such criterion, or a function returned something else than a number for each unit.
@@ -94,6 +98,7 @@ def unit_importance(
         groups, relative to their mean).
     """
     tensors = named_tensors(model)
+    groups = [group for group in groups if not obstacle(model, group, criterion)]
     score: Score
     if callable(criterion):
         score = functools.partial(criterion, model)
@@ -118,6 +123,26 @@ def unit_importance(
     with torch.no_grad():
         found = {group.name: score(group) for group in groups}
     return {g.name: _checked(g, values, criterion) for g in groups if (values := found[g.name]) is not None}
+
+
+def obstacle(model: nn.Module, group: ChannelGroup, criterion: str | UnitCriterion) -> str:
+    """Return why a criterion would judge a group by wrong weights; empty where it would not.
+
+    ``"lasso"``, ``"thinet"``, ``"obs"`` and ``"similar"`` take the weights of convolutions and linear layers as they
+    are stored. A layer of a class of its own may compute with others, such as a convolution that standardises them.
+
+    Args:
+        model: The model.
+        group: One of its groups.
+        criterion: As for :func:`unit_importance`.
+    """
+    roles = _MULTIPLYING.get(criterion, ()) if isinstance(criterion, str) else ()
+    paths = dict.fromkeys(member.name.rpartition(".")[0] for member in group.members if member.role in roles)
+    for path in paths:
+        layer = model.get_submodule(path)
+        if isinstance(layer, DENSE) and (why := computed_weight(layer)):
+            return f"{path} may compute with another weight: {why}"
+    return ""
 
 
 def _checked(group: ChannelGroup, values: Any, criterion: str | UnitCriterion) -> Tensor:

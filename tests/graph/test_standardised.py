@@ -130,3 +130,33 @@ def test_further_spellings(conv):
     assert result.model.blocks[0].spatial.in_channels == 6
     out = F.silu(result.model.stem(X))
     assert out.shape == (2, 11, 8, 8)
+
+
+def test_criteria_that_multiply_by_stored_weights_leave_standardised_ones_alone():
+    model = make(StandardisedConv2d).eval()
+    for criterion in ("lasso", "thinet", "obs", "similar"):
+        recipe = [lnn.Prune(0.25, granularity="filter", criterion=criterion)]
+        result = lnn.compress_model(model, X, recipe, calibration=[X], progress=False)
+        widths = {path: layer.out_channels for path, layer in result.model.named_modules() if hasattr(layer, "gain")}
+        assert widths["last"] == (32 if criterion == "similar" else 24)  # the head reads it, a plain layer
+        assert (widths["stem"], widths["blocks.0.reduce"], widths["blocks.1.spatial"]) == (16, 8, 8)
+        said = {
+            path
+            for reason, paths in result.report.left.items()
+            if f"{criterion!r} says nothing" in reason
+            for path in paths
+        }
+        assert said >= {"stem", "blocks.0.reduce", "blocks.1.spatial", "blocks.1.expand"}
+
+
+def test_standardised_weights_are_not_refitted():
+    model = make(StandardisedConv2d).eval()
+    recipe = [lnn.Prune(0.25, granularity="filter", where="blocks.0.reduce")]
+    result = lnn.compress_model(model, X, recipe, calibration=[X], progress=False)
+    kept = [
+        row
+        for row in range(8)
+        if any(model.blocks[0].reduce.weight[row].equal(w) for w in result.model.blocks[0].reduce.weight)
+    ]
+    assert len(kept) == 6
+    assert result.report.remarks["Prune: not refitted: StandardisedConv2d overrides forward"] == ("blocks.0.spatial",)

@@ -9,10 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank_nn.errors import CalibrationError, OptionError
+from lowrank_nn.graph import find_groups
 from lowrank_nn.planning import unit_importance
+from lowrank_nn.planning.importance import obstacle
 from lowrank_nn.planning.unit_choice import KeepRule, least_important
 from tests.graph.hand_groups import chain_groups
 from tests.zoo._seeded import seeded
+from tests.zoo.nfnet import StandardisedConv2d
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(6) % 4
@@ -125,6 +128,29 @@ def test_random_depends_on_the_seed_alone(net):
     first, again, other = (scores(net, "random", seed=seed)["0"] for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_weights_that_a_layer_does_not_compute_with_as_they_stand_decide_nothing():
+    """Of three groups the first is read, the second computed by a convolution that standardises its weight."""
+
+    def build():
+        layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), StandardisedConv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3)]
+        return nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(80, 4)), None
+
+    net = seeded(build)()[0]
+    groups = [group for group in find_groups(net, X) if not group.frozen]
+    assert [group.name for group in groups] == ["0", "2", "4"]
+    for criterion in ("lasso", "thinet", "obs"):
+        assert unit_importance(net, groups, criterion, calibration=[X]).keys() == {"2", "4"}
+        assert (
+            obstacle(net, groups[0], criterion)
+            == "2 may compute with another weight: StandardisedConv2d overrides forward"
+        )
+        assert obstacle(net, groups[1], criterion) == ""
+    assert unit_importance(net, groups, "similar").keys() == {"4"}
+    assert all("2 may compute with another weight" in obstacle(net, group, "similar") for group in groups[:2])
+    assert unit_importance(net, groups, "l1").keys() == {"0", "2", "4"}
+    assert obstacle(net, groups[0], "l1") == obstacle(net, groups[0], lambda model, group: group.size) == ""
 
 
 def test_own_functions_and_errors(net):
