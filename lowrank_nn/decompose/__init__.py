@@ -31,10 +31,10 @@ from lowrank_nn.decompose.tucker import tucker2_errors as tucker2_errors
 from lowrank_nn.decompose.vbmf import EVBMF as EVBMF
 from lowrank_nn.decompose.vbmf import evbmf as evbmf
 from lowrank_nn.decompose.vbmf import evbmf_rank as evbmf_rank
-from lowrank_nn.decompose.weighted import weighted_svd as weighted_svd
-from lowrank_nn.decompose.weighted import weighted_svd_errors as weighted_svd_errors
 from lowrank_nn.decompose.weighted_cp import weighted_cp as weighted_cp
 from lowrank_nn.decompose.weighted_cp import weighted_cp_errors as weighted_cp_errors
+from lowrank_nn.decompose.weighted_svd import weighted_svd as weighted_svd
+from lowrank_nn.decompose.weighted_svd import weighted_svd_errors as weighted_svd_errors
 from lowrank_nn.decompose.weighted_tensor_train import ModeRoots as ModeRoots
 from lowrank_nn.decompose.weighted_tensor_train import along_modes as along_modes
 from lowrank_nn.decompose.weighted_tensor_train import mode_roots as mode_roots

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowrank_nn.decompose._gram import leading_eigenvectors
 from lowrank_nn.decompose.metric import Metric
-from lowrank_nn.decompose.weighted import RIDGES, not_semidefinite, output_roots, ridge
+from lowrank_nn.decompose.weighted_svd import RIDGES, not_semidefinite, output_roots, ridge
 
 
 class Regression:

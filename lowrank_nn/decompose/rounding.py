@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_nn.decompose.weighted import RIDGES, not_semidefinite, ridge
+from lowrank_nn.decompose.weighted_svd import RIDGES, not_semidefinite, ridge
 
 BLOCK = 128
 

@@ -13,7 +13,7 @@ from lowrank_nn.decompose._khatri_rao import balance
 from lowrank_nn.decompose._lbfgs import Curvature, descend
 from lowrank_nn.decompose.cp import cp, cp_full_rank, cp_tensor
 from lowrank_nn.decompose.metric import Metric
-from lowrank_nn.decompose.weighted import weighted_svd
+from lowrank_nn.decompose.weighted_svd import weighted_svd
 
 # The penalty on terms that cancel one another: its weight, at which it about equals what rounding the factors to six
 # bits adds to the error, and the share of the error that it may reach.

@@ -14,7 +14,7 @@ from lowrank_nn.decompose._lbfgs import Curvature, descend
 from lowrank_nn.decompose._regression import Point, Regression, regressions
 from lowrank_nn.decompose.metric import Metric
 from lowrank_nn.decompose.tucker import TuckerFactors
-from lowrank_nn.decompose.weighted import balanced, is_seen, weighted_svd
+from lowrank_nn.decompose.weighted_svd import balanced, is_seen, weighted_svd
 
 _ITERATIONS, _TOLERANCE = 12, 1e-3
 _TABLE_ITERATIONS = 5  # leave an error within 1 % of that of a whole fit

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lowrank_nn.decompose import Metric, kronecker, kronecker_sum, weighted_tensor_train
-from lowrank_nn.decompose.weighted import balanced
+from lowrank_nn.decompose.weighted_svd import balanced
 from lowrank_nn.errors import UnsupportedLayerError
 from lowrank_nn.layers._kronecker_ranks import KroneckerProblem, Shape, checked_shape, kronecker_folding
 from lowrank_nn.layers._lowrank import LowRankLayer

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lowrank_nn.decompose import Metric, balanced_shape
 from lowrank_nn.errors import OptionError
+from lowrank_nn.layers._folding import Folding
 from lowrank_nn.layers._matrix import MatrixProblem, truncation_errors
 from lowrank_nn.layers._rank_problem import IntArray, Positions, RankTable
 from lowrank_nn.layers._source import Source
-from lowrank_nn.layers._train_ranks import Folding
 
 if TYPE_CHECKING:
     from lowrank_nn.layers._kronecker import KroneckerLayer

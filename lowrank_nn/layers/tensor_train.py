@@ -12,17 +12,18 @@ from typing_extensions import Self
 
 from lowrank_nn.decompose import Metric
 from lowrank_nn.layers._base import register_layer
+from lowrank_nn.layers._folding import Folding, conv_folding
 from lowrank_nn.layers._rank_problem import RankProblem
 from lowrank_nn.layers._ranks import RankRule
 from lowrank_nn.layers._shapes import CompressedConv2d, PaddingMode, Size, draw_factors_
 from lowrank_nn.layers._source import Source, read_layer
 from lowrank_nn.layers._stages import run_stages
-from lowrank_nn.layers._train import TrainLayer, check_ranks
-from lowrank_nn.layers._train_ranks import ConvTrainProblem, Folding, conv_folding
+from lowrank_nn.layers._tensor_train import TensorTrainLayer, check_ranks
+from lowrank_nn.layers._tensor_train_ranks import TTConvProblem
 
 
 @register_layer
-class TTConv2d(TrainLayer, CompressedConv2d):
+class TTConv2d(TensorTrainLayer, CompressedConv2d):
     r"""``nn.Conv2d`` as 1 x 1, kh x 1, 1 x kw and 1 x 1 convolutions, from the tensor train of the kernel.
 
     W[o, i, h, w] = sum_{a, b, c} R[a, i] V[b, a, h] H[c, b, w] E[o, c], with r1 C_in + r1 r2 kh + r2 r3 kw + r3 C_out
@@ -112,7 +113,7 @@ class TTConv2d(TrainLayer, CompressedConv2d):
     @classmethod
     def rank_problem(cls, source: Source, **options: Any) -> RankProblem:
         """Return what rank rules and the planner ask about ``source`` in this format."""
-        return ConvTrainProblem(cls, source, conv_folding(source.weight.shape, source.arguments["groups"]), {})
+        return TTConvProblem(cls, source, conv_folding(source.weight.shape, source.arguments["groups"]), {})
 
     def folding(self) -> Folding:
         """Return how the weight is folded: a core for each of input channels, rows, columns and output channels."""

@@ -13,16 +13,17 @@ from typing_extensions import Self
 from lowrank_nn.decompose import Metric, tt_tensor
 from lowrank_nn.errors import UnsupportedLayerError
 from lowrank_nn.layers._base import register_layer
+from lowrank_nn.layers._folding import Folding, Shape, linear_folding, resolve_shape
 from lowrank_nn.layers._rank_problem import RankProblem
 from lowrank_nn.layers._ranks import RankRule
 from lowrank_nn.layers._shapes import CompressedLinear, draw_factors_
 from lowrank_nn.layers._source import Source, read_layer
-from lowrank_nn.layers._train import TrainLayer, check_ranks
-from lowrank_nn.layers._train_ranks import Folding, LinearTrainProblem, Shape, linear_folding, resolve_shape
+from lowrank_nn.layers._tensor_train import TensorTrainLayer, check_ranks
+from lowrank_nn.layers._tensor_train_ranks import TTLinearProblem
 
 
 @register_layer
-class TTLinear(TrainLayer, CompressedLinear):
+class TTLinear(TensorTrainLayer, CompressedLinear):
     r"""``nn.Linear`` whose weight, folded into a tensor, is a train of ``cores`` cores.
 
     With out_features = o_1 ... o_d and in_features = i_1 ... i_d,
@@ -121,7 +122,7 @@ class TTLinear(TrainLayer, CompressedLinear):
         """Return what rank rules and the planner ask about ``source`` in this format."""
         out, inn = source.weight.shape
         resolved = resolve_shape((out, inn), shape, cores)
-        return LinearTrainProblem(cls, source, linear_folding(resolved), {"shape": resolved})
+        return TTLinearProblem(cls, source, linear_folding(resolved), {"shape": resolved})
 
     def folding(self) -> Folding:
         """Return how the weight is folded: a core for each pair of an output and an input factor."""

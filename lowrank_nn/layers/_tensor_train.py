@@ -12,15 +12,15 @@ from torch import Tensor
 
 from lowrank_nn.decompose import Metric, reachable_ranks, tensor_train, tt_limits, weighted_tensor_train
 from lowrank_nn.errors import RankError
+from lowrank_nn.layers._folding import Folding
 from lowrank_nn.layers._lowrank import LowRankLayer
 from lowrank_nn.layers._ranks import RankRule, check_rank
 from lowrank_nn.layers._refine import refine_, stored_error
-from lowrank_nn.layers._train_ranks import Folding
 
 _ITERATIONS = 60
 
 
-class TrainLayer(LowRankLayer):
+class TensorTrainLayer(LowRankLayer):
     """Base of the layers whose weight, folded into a tensor, is a train of cores.
 
     Attributes:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_nn.decompose import Metric, truncated_svd, weighted_svd, weighted_svd_errors
-from lowrank_nn.decompose.weighted import balanced
+from lowrank_nn.decompose.weighted_svd import balanced
 from tests.layers.metrics import random_covariances
 
 SHAPES = {"wide": (6, 11), "tall": (11, 6), "square": (7, 7)}
