@@ -10,9 +10,9 @@ from torch import nn
 from lowrank_nn.graph.inputs import call_model, tensors
 from lowrank_nn.graph.preserve import untouched
 from lowrank_nn.layers._deferred import Deferred, rounded_tensors
+from lowrank_nn.layers._deferred_sources import Weight
 from lowrank_nn.layers._integer import IntegerLayer
 from lowrank_nn.layers._kernel import packed_weight
-from lowrank_nn.layers._sources import Weight
 
 
 def chain_quantized(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:

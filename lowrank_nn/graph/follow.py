@@ -21,6 +21,8 @@ from lowrank_nn.graph.parametrized import parametrized
 from lowrank_nn.graph.places import ForwardWatch, OutOfSight
 from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.graph.rules import RULES, Call, Planes, Rule, full_name, short_name
+from lowrank_nn.graph.rules.means import means_left
+from lowrank_nn.graph.rules.mixing import STATISTICS
 from lowrank_nn.graph.sites import refuse_opaque
 from lowrank_nn.graph.sizes import traced_sizes
 from lowrank_nn.graph.torch_functions import LOOKS, python_body
@@ -117,6 +119,7 @@ class _Follower(ForwardWatch):
             self._forward(model, inputs)
 
     def _forward(self, model: nn.Module, example_inputs: Any) -> None:
+        self._statistics = 0
         # Inference mode would hide changes in place.
         with torch.inference_mode(False), torch.no_grad():
             with self, OutOfSight(self):
@@ -207,12 +210,16 @@ class _Follower(ForwardWatch):
         result = func(*args, **kwargs)
         made = args[0] if func is Tensor.__setitem__ else result
         where = f"{short_name(func)} in {self._path}"
-        call = Call(self.units, func, args, kwargs, made, where, known, frozenset(f.module for f in self._frames))
-        planes = self._ask(rule, call)
+        modules = frozenset(frame.module for frame in self._frames)
+        call = Call(self.units, func, args, kwargs, made, where, known, modules, self._statistics)
+        self._statistics += func in STATISTICS
+        planes, means = self._ask(rule, call), means_left(rule, call)
         origins = [labels.constant for labels in known.values()]
         constant = max(origins, default=0) if all(origins) else 0
         for index, tensor in enumerate(tensors(made)):
-            labels_of = functools.partial(self._labels, tuple(tensor.shape), planes, index, constant)
+            labels_of = functools.partial(
+                self._labels, call, planes, index, Labels(tuple(tensor.shape), (), constant, means)
+            )
             if id(tensor) not in seen:
                 self._write(tensor, labels_of)
             elif _version(tensor) != versions.pop(id(tensor), None):
@@ -245,15 +252,16 @@ class _Follower(ForwardWatch):
             self.units.freeze(labels.ids(), f"no rule for {full_name(call.function)}, called in {self._path}")
         return [[]]
 
-    def _labels(self, shape: tuple[int, ...], made: Callable[[], list[Planes]], index: int, constant: int) -> Labels:
-        results = made()
+    def _labels(self, call: Call, made: Callable[[], list[Planes]], index: int, blank: Labels) -> Labels:
+        """Return the labels of a result, of which ``blank`` says all but the planes."""
+        results, shape = made(), blank.shape
         planes = results[index if len(results) > 1 else 0]
         for plane in planes:
             assert plane.dim() == len(shape)
             assert all(size in (1, full) for size, full in zip(plane.shape, shape, strict=True))
             if len(support(plane)) > 1:
                 self.units.note_box(plane)
-        return Labels(shape, tuple(planes), constant)
+        return dataclasses.replace(blank, planes=tuple(planes), means=(*blank.means, *call.means))
 
     def _change(self, tensor: Tensor, before: Labels, after: Labels) -> None:
         """Note a change in place. Other tensors in the same memory stay known where the units stay the same."""

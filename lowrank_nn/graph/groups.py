@@ -44,6 +44,8 @@ class ChannelGroup:
         members: What they are removed from, in the order of execution.
         frozen: Why none can be removed; empty where they can.
         sizes: Numbers that modules keep and the forward reads, each with what it loses with every unit.
+        means: Means and variances over the units by which the forward itself normalises them: each as the number of
+            such calls ahead of it, and the dim.
     """
 
     name: str
@@ -51,6 +53,7 @@ class ChannelGroup:
     members: tuple[Member, ...]
     frozen: str = ""
     sizes: tuple[tuple[Attribute, int], ...] = ()
+    means: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:
         state = f"frozen: {self.frozen}" if self.frozen else "removable"
@@ -95,21 +98,24 @@ class _Unit:
 
     frozen: str
     sizes: dict[Attribute, int]
+    means: frozenset[tuple[int, int]]
     positions: dict[tuple[str, int], list[int]] = dataclasses.field(default_factory=dict)
     roles: dict[tuple[str, int], int] = dataclasses.field(default_factory=dict)
 
     def kind(self) -> tuple[Any, ...]:
         """Return what units of one group have in common."""
         counts = ((member, self.roles[member], len(own)) for member, own in self.positions.items())
-        return (self.frozen, frozenset(self.sizes.items()), *counts)
+        return (self.frozen, frozenset(self.sizes.items()), self.means, *counts)
 
 
 def _computed_units(units: Units) -> list[_Unit]:
     """Return the units that something computes: not the taps of a kernel, or the rows of a table."""
     roots, kinds, reasons = units.all_roots(), units.kinds(), units.reasons()
-    sizes_of = units.lowered_sizes()
+    sizes_of, means_of = units.lowered_sizes(), units.means()
     computed = distinct(roots[kinds == OUT]).tolist()
-    found = {root: _Unit(reasons.get(root, ""), sizes_of.get(root, {})) for root in computed}
+    found = {
+        root: _Unit(reasons.get(root, ""), sizes_of.get(root, {}), means_of.get(root, frozenset())) for root in computed
+    }
     for source in units.sources:
         key = (source.name, source.dim)
         ids = slice(source.first, source.first + source.size)
@@ -136,4 +142,4 @@ def _group(units: list[_Unit], names: collections.Counter[str]) -> ChannelGroup:
     path = producer.removesuffix(".weight").removesuffix(".bias")
     names[path] += 1
     name = path if names[path] == 1 else f"{path}#{names[path]}"
-    return ChannelGroup(name, len(units), members, first.frozen, tuple(first.sizes.items()))
+    return ChannelGroup(name, len(units), members, first.frozen, tuple(first.sizes.items()), tuple(sorted(first.means)))

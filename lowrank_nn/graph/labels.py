@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lowrank_nn.graph.units import IN, OUT, Units, broadcast
+from lowrank_nn.graph.units import IN, OUT, Mean, Units, broadcast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,17 +22,18 @@ class Labels:
             one at least. An element goes when the unit of any plane does. A parameter has a plane for each of its
             dimensions, what a layer returns usually one, for its channels.
         constant: 0 for what depends on the inputs; else 1 for what comes from buffers alone, 2 from parameters too.
+        means: Means over units that the tensor was computed of, and that have not met these units again.
     """
 
     shape: tuple[int, ...]
     planes: tuple[Tensor, ...] = ()
     constant: int = 0
+    means: tuple[Mean, ...] = ()
 
     def ids(self) -> Tensor:
         """Return all ids."""
-        return torch.cat(
-            [torch.zeros(1, dtype=torch.int64, device="cpu"), *(plane.reshape(-1) for plane in self.planes)]
-        )
+        nothing = torch.zeros(1, dtype=torch.int64, device="cpu")
+        return torch.cat([nothing, *(plane.reshape(-1) for plane in self.planes), *(mean.ids for mean in self.means)])
 
 
 def support(plane: Tensor) -> frozenset[int]:

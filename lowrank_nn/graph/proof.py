@@ -10,7 +10,7 @@ from torch import nn
 
 from lowrank_nn.errors import LowRankError
 from lowrank_nn.graph.proof_comparison import Comparison
-from lowrank_nn.graph.proof_modes import NormaliseKept, StandardiseKept
+from lowrank_nn.graph.proof_modes import MeansOfKept, NormaliseKept, StandardiseKept
 from lowrank_nn.graph.proof_runs import Run, Trial, short
 from lowrank_nn.graph.surgery import Removal, cuts_of, masked_units, named_tensors, remove_units
 
@@ -117,9 +117,11 @@ def _difference(trial: Trial, removals: Sequence[Removal], runs: Sequence[Run]) 
         return f"without these channels the forward fails {mode}: {short(error)}"
     finally:
         undo()
+    means = {mean for removal in removals for mean in removal.group.means}
     with masked_units(model, removals), NormaliseKept(model, cuts), StandardiseKept(model, cuts):
         for (_, run), comparison in zip(runs, comparisons, strict=True):
-            run(comparison.compare)
+            with MeansOfKept(means):
+                run(comparison.compare)
     for (mode, _), comparison in zip(runs, comparisons, strict=True):
         if problem := comparison.problem():
             return f"{problem} {mode} differ from those with the same channels held at zero"

@@ -169,6 +169,48 @@ class StandardiseKept(TorchFunctionMode):
         return y
 
 
+class MeansOfKept(TorchFunctionMode):
+    """Has means and variances by which a forward itself normalises channels leave out those that are held at zero.
+
+    Which these are shows in the argument of the first such call: all zeros. From there they are followed through what
+    is computed element by element: less the mean, they are not zero any more.
+
+    Args:
+        calls: Each as the number of statistics computed ahead of it, and the dim of the channels.
+    """
+
+    def __init__(self, calls: Iterable[tuple[int, int]]) -> None:
+        super().__init__()
+        self._calls = set(calls)
+        self._count = 0
+        self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one function."""
+        kwargs = kwargs or {}
+        if func in STATISTICS:
+            dims = [dim for call, dim in self._calls if call == self._count]
+            self._count += 1
+            return self._statistics(func, args, kwargs, dims)
+        result = func(*args, **kwargs)
+        if RULES.get(func) is elementwise and isinstance(result, Tensor):
+            for operand in tensors(args):
+                if operand.shape == result.shape and operand in self._kept:
+                    self._kept[result] = self._kept[operand]
+        return result
+
+    def _statistics(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], dims: list[int]) -> Any:
+        x, *rest = args
+        for dim in dims:
+            if x not in self._kept:
+                others = [other for other in range(x.dim()) if other != dim]
+                self._kept[x] = x.detach().ne(0).sum(others).nonzero()[:, 0]
+            x = x.index_select(dim, self._kept[x])
+        return func(x, *rest, **kwargs)
+
+
 def _there(gone: Tensor, dim: int) -> Tensor:
     """Return the positions along ``dim`` where not everything is gone."""
     return (~gone).movedim(dim, 0).flatten(1).any(1).nonzero()[:, 0]

@@ -23,6 +23,21 @@ class Source:
     size: int
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mean:
+    """A mean or variance over units that a forward computes by a function of its own, as norms do inside.
+
+    Attributes:
+        call: Which of all such calls of the forward, from 0.
+        dims: Along which dimensions of its argument the units stand.
+        ids: The units.
+    """
+
+    call: int
+    dims: tuple[int, ...]
+    ids: Tensor
+
+
 class Units:
     """Ids of units, which of them are one (a union-find), and which must stay.
 
@@ -37,6 +52,7 @@ class Units:
         self._kind = torch.zeros(1, dtype=torch.int8, device="cpu")
         self._boxes: dict[tuple[tuple[int, ...], bytes], Tensor] = {}
         self._sizes: list[tuple[Attribute, Tensor]] = []
+        self._means: list[Mean] = []
 
     def fresh(self, size: int, source: tuple[str, int] | None = None) -> Tensor:
         """Return new ids, for the positions along a dimension (``source``: name, dim) or of no tensor of the model."""
@@ -102,6 +118,10 @@ class Units:
         """Whether all of ``ids`` are frozen."""
         return bool(torch.isin(self.roots(ids), self._frozen_roots()).all())
 
+    def same(self, first: Tensor, second: Tensor) -> bool:
+        """Whether ids at the same place are one."""
+        return torch.equal(self.roots(first), self.roots(second))
+
     def _frozen_roots(self) -> Tensor:
         return self.roots(
             torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *(ids for ids, _ in self.frozen)])
@@ -134,6 +154,18 @@ class Units:
                 own = lowered.setdefault(root, {})
                 own[source] = max(count, own.get(source, 0))
         return lowered
+
+    def note_mean(self, mean: Mean) -> None:
+        """Note that units are normalised by a mean over them: it is to be one over those that stay."""
+        self._means.append(mean)
+
+    def means(self) -> dict[int, frozenset[tuple[int, int]]]:
+        """Return by root the calls of means over it, each with a dimension."""
+        found: dict[int, frozenset[tuple[int, int]]] = {}
+        for mean in self._means:
+            for root in distinct(self.roots(mean.ids)).tolist():
+                found[root] = found.get(root, frozenset()) | {(mean.call, dim) for dim in mean.dims}
+        return found
 
     def settle_boxes(self) -> None:
         """Unite units until each takes whole slices, along one dimension, of every tensor that it is a part of.

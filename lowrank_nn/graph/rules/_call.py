@@ -15,7 +15,7 @@ from lowrank_nn.errors import OptionError
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.labels import Labels
 from lowrank_nn.graph.sizes import Attribute, TracedSize
-from lowrank_nn.graph.units import Units
+from lowrank_nn.graph.units import Mean, Units
 
 Planes = list[Tensor]
 
@@ -33,6 +33,8 @@ class Call:
         where: Its name and place, for reasons.
         known: By the ``id`` of every tensor in the arguments, its labels before the call.
         modules: Paths of the modules whose forward is running.
+        number: Of a statistic: how many there were before it in this forward.
+        means: Filled by the rule: means over units that the result is.
     """
 
     units: Units
@@ -43,6 +45,8 @@ class Call:
     where: str
     known: dict[int, Labels]
     modules: frozenset[str] = frozenset()
+    number: int = 0
+    means: list[Mean] = dataclasses.field(default_factory=list)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """Return the argument that stands at ``position`` or is called ``name``."""

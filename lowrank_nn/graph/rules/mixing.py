@@ -12,6 +12,7 @@ from torch import nn
 from lowrank_nn.graph.labels import Labels, merge, mix, split_dim, support
 from lowrank_nn.graph.rules._call import Call, Outcome, Planes, Rule, aligned, functions, normal_dims, rule_for
 from lowrank_nn.graph.rules.elementwise import elementwise, per_channel
+from lowrank_nn.graph.units import Mean
 
 
 def of_parameters(labels: Labels) -> bool:
@@ -29,7 +30,7 @@ def mix_all(call: Call, labels: Labels, dims: Iterable[int]) -> Planes:
 
 
 STATISTICS = frozenset(itertools.chain(*map(functions, ("mean", "var", "std", "var_mean", "std_mean"))))
-"""Statistics of a weight, which may go on being those of what is left of it."""
+"""Statistics, which may go on being those of what is left of a weight, or of the channels that a forward normalises."""
 
 
 def dims_of(call: Call, position: int = 1, default: Any = None) -> list[int]:
@@ -44,11 +45,13 @@ def _along(position: int, default: Any = None) -> Rule:
     def rule(call: Call) -> Callable[[], list[Planes]]:
         labels, count = call.first, len(call.first.shape)
         dims = dims_of(call, position, default)
-        if call.function in STATISTICS and of_parameters(labels):
-            left = [plane for plane in labels.planes if not support(plane) <= set(dims)]
-            labels = dataclasses.replace(labels, planes=tuple(left))
+        over = [p for p in labels.planes if support(p) <= set(dims)] if call.function in STATISTICS else []
+        if of_parameters(labels) or not labels.constant:
+            labels = dataclasses.replace(labels, planes=tuple(p for p in labels.planes if p not in over))
 
         def planes() -> list[Planes]:
+            if not labels.constant:
+                call.means.extend(Mean(call.number, tuple(support(p)), p.reshape(-1)) for p in over)
             mixed = mix_all(call, labels, dims)
             if not call.shapes or len(call.shapes[0]) == count:
                 return [mixed]
