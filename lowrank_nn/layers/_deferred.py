@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from lowrank_nn.layers._deferred_moves import Joined, Moved, Pooled
+from lowrank_nn.layers._deferred_sources import HARDSWISH, RELU, RELU6, SILU, Floats, Source, Weight, computed
 from lowrank_nn.layers._onednn import Activation
-from lowrank_nn.layers._rearranged import Joined, Moved, Pooled
-from lowrank_nn.layers._sources import HARDSWISH, RELU, RELU6, SILU, Floats, Source, Weight, computed
 
 Slices = tuple[slice, ...]
 

@@ -12,11 +12,11 @@ from typing_extensions import Self
 
 from lowrank_nn.layers._affine import Grid, accumulator_dtype, integer_product, quantize, widened
 from lowrank_nn.layers._deferred import Deferred
+from lowrank_nn.layers._deferred_sources import Given, Product
 from lowrank_nn.layers._kernel import KERNELS, kernel_for
 from lowrank_nn.layers._onednn import Geometry
 from lowrank_nn.layers._qdq import PairedLayer, exports_pairs
 from lowrank_nn.layers._quant_input import QuantizedInputLayer
-from lowrank_nn.layers._sources import Given, Product
 
 
 class IntegerLayer(QuantizedInputLayer):

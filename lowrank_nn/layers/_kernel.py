@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lowrank_nn.layers._affine import Grid, unsigned_grid
 from lowrank_nn.layers._deferred import Deferred
+from lowrank_nn.layers._deferred_sources import Bytes, Given, Product, computed
 from lowrank_nn.layers._onednn import CodeGrid, PackedWeight, is_exact, sums_fit
 from lowrank_nn.layers._packed import Derived, is_channels_last, may_use_kernel, own_tensors, takes
-from lowrank_nn.layers._sources import Bytes, Given, Product, computed
 
 if TYPE_CHECKING:
     from lowrank_nn.layers._integer import IntegerLayer

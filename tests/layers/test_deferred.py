@@ -13,8 +13,8 @@ from torch import nn
 
 from lowrank_nn.layers import QuantConv2d, QuantLinear
 from lowrank_nn.layers._deferred import Deferred, rounded_tensors
+from lowrank_nn.layers._deferred_sources import Floats
 from lowrank_nn.layers._onednn import CodeGrid, PackedWeight, is_exact
-from lowrank_nn.layers._sources import Floats
 from tests.layers.geometries import dense_conv
 
 pytestmark = pytest.mark.skipif(not is_exact(255, 127), reason="no exact integer kernels on this machine")

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank_nn.layers._deferred_sources import RELU, RELU6, Grid, Source
 from lowrank_nn.layers._onednn import Activation, CodeGrid
 from lowrank_nn.layers._qdq import PairGrid
-from lowrank_nn.layers._sources import RELU, RELU6, Grid, Source
 
 _MONOTONE = (RELU, RELU6)  # these commute with the maximum
 
