@@ -141,6 +141,21 @@ def test_the_page_on_troubles_lists_every_error_with_its_parent():
         assert parent in [base.__name__ for base in errors[name].__bases__]
 
 
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)\s:]+)\)", (ROOT / page).read_text())
+    for target in targets:
+        name, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), target
+
+
 def test_the_recipes_to_choose_from_can_be_made():
     page = (ROOT / "docs/choosing.md").read_text()
     rows = re.findall(r"^\| [^|]+ \| (.+?) \| [^|]+ \| [^|]+ \|$", page, flags=re.MULTILINE)
