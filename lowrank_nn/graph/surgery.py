@@ -69,7 +69,7 @@ def remove_units(model: nn.Module, removals: Sequence[Removal]) -> Callable[[], 
         before = {module: (type(module), dict(vars(module))) for module, _, _ in by_module}
         for module, (cls, attributes) in before.items():
             undo.callback(_restore_attributes, module, attributes)
-            undo.callback(setattr, module, "__class__", cls)
+            undo.callback(object.__setattr__, module, "__class__", cls)  # a module's own may refuse
         for removal in removals:
             update_heads(model, removal.group, removal.units)
         shrink_attributes(model, less, {module: attributes for module, (_, attributes) in before.items()})

@@ -323,3 +323,20 @@ def test_heads_of_torchs_encoder_layers(fast):
         undo()
         assert type(layer.self_attn) is nn.MultiheadAttention
         assert torch.equal(layer(x), before)
+
+
+class Strict(nn.Sequential):
+    """Takes no attribute that it does not know."""
+
+    def __setattr__(self, name, value):
+        if name not in (*vars(self), *vars(nn.Module())):
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+def test_modules_that_guard_their_attributes_are_put_back(net):
+    strict = Strict(*net)
+    before = state(strict)
+    remove_units(strict, [Removal(chain_groups(strict)[0], (0, 5))])()
+    assert same_state(strict, before)
+    assert strict(X).equal(net(X))

@@ -49,6 +49,20 @@ def test_a_module_may_hold_a_layer_under_several_names():
     assert all(module is not layer for module in model.modules())
 
 
+def test_layers_held_outside_of_the_modules_are_replaced_too():
+    layer, other, new = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    model = nn.Sequential(layer, other)
+    object.__setattr__(model, "hidden", layer)
+    model.listed, model.pairs, model.named = [layer, other], [(other, layer)], {"first": [layer], "size": 4}
+    model.named["me"] = model.named
+    listed, sizes = model.listed, model.sizes = model.listed, (3, (4, 5))
+    replace_module(model, "0", new)
+    assert model.listed is listed
+    assert model.sizes is sizes
+    assert model.hidden is model.listed[0] is model.pairs[0][1] is model.named["first"][0] is new
+    assert model.listed[1] is model.pairs[0][0] is other
+
+
 def test_the_root_may_be_replaced():
     layer = nn.Linear(6, 5).eval()
     new = full_rank(layer).train()

@@ -340,3 +340,30 @@ def test_compare_any_two_models():
     assert report.rows == result.report.rows
     assert report.file_bytes == result.report.file_bytes
     assert report.left == {}
+
+
+class Listed(nn.Module):
+    """Calls its layers from a list that is no ``nn.ModuleList``."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, 24), nn.Linear(24, 24), nn.Linear(24, 4)
+        self.steps = [("first", self.first), ("second", self.second), ("last", self.last)]
+
+    def forward(self, x):
+        for _, layer in self.steps:
+            x = layer(torch.relu(x))
+        return x
+
+
+def test_layers_called_from_a_list_are_the_new_ones(tmp_path):
+    model, x = seeded(Listed), torch.linspace(-1, 1, 48).reshape(4, 12)
+    result = lnn.compress_model(model, x, lnn.Apply(lnn.SVDLinear, where="second", rank=4), progress=False)
+    assert result.report.after == result.plan.after
+    assert result.model.steps[1][1] is result.model.second
+    assert model.steps[1][1] is model.second
+    by_hand = lnn.SVDLinear.from_pretrained_layer(model.second, rank=4)
+    expected = model.last(torch.relu(by_hand(torch.relu(model.first(torch.relu(x))))))
+    assert result.model(x).equal(expected)
+    lnn.save(result.model, tmp_path / "small.lrnn")
+    assert lnn.load(tmp_path / "small.lrnn", Listed())(x).equal(expected)
