@@ -24,6 +24,9 @@ from lowrank_nn.storage._json import MAX_JSON, deflate, dump, inflate, parse
 FORMAT = "lowrank_nn"
 VERSION = 1
 INDEX = "__lowrank_nn__"  # the last entry: checksum, length of the structure, the structure deflated, small payloads
+METADATA = "__metadata__"  # what safetensors files hold beside tensors
+RESERVED = frozenset({INDEX, METADATA})
+"""Names that no tensor's entry can have; the tensor is gathered with the small ones."""
 LENGTH_BYTES = 8
 CHECKSUM_BYTES = 16
 FRONT = CHECKSUM_BYTES + 4
@@ -80,13 +83,18 @@ def write_file(path: Path, parts: Sequence[Bytes]) -> int:
         The bytes written.
 
     Raises:
-        OptionError: The folder does not exist, or ``path`` is a folder.
+        OptionError: The folder does not exist, or ``path`` is a folder, a device or a pipe.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise OptionError(f"save: there is no folder {str(target.parent)!r}. Create it first.")
     if target.is_dir():
         raise OptionError(f"save: {str(path)!r} is a folder. Pass the name of a file.")
+    if target.exists() and not target.is_file():
+        raise OptionError(
+            f"save: {str(path)!r} is a device or a pipe, which a file would replace. Pass the name of a file; "
+            "lowrank_nn.storage.packed_size(model) counts the bytes without writing them."
+        )
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with draft.open("xb") as file:
@@ -152,7 +160,7 @@ def is_shape(value: Any) -> bool:
 
 
 def _header(entries: Mapping[str, Entry]) -> Bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}
+    header: dict[str, Any] = {METADATA: {"format": FORMAT, "version": str(VERSION)}}
     end = 0
     for key, (dtype, shape) in entries.items():
         start, end = end, end + entry_bytes(dtype, shape)
@@ -179,7 +187,7 @@ def _parse_header(text: bytes) -> Any:
 
 def _open_header(header: Any) -> dict[str, Any]:
     """Return the entries of a header of this format and version."""
-    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    metadata = header.pop(METADATA, None) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise FileFormatError(
             "the file holds no structure of this library. Plain safetensors files are read with "

@@ -91,7 +91,7 @@ def _load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 stored = tensors.get(f"{path}.{name}" if path else name)
-                if tensor is None or stored is None or (tensor.dtype == stored.dtype and not tensor.is_meta):
+                if tensor is None or stored is None or (tensor.dtype == stored.dtype and _can_be_filled(tensor)):
                     continue
                 if id(tensor) not in fresh:
                     fresh[id(tensor)] = _empty_like(tensor, stored.dtype)
@@ -99,6 +99,13 @@ def _load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     state = model.state_dict()  # carries the versions of the modules
     state.update(tensors)
     model.load_state_dict(state)
+
+
+def _can_be_filled(tensor: Tensor) -> bool:
+    """Whether the tensor has memory, and every entry its own: those of expanded ones are copies of each other."""
+    return not tensor.is_meta and all(
+        step or size < 2 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:

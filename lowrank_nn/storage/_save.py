@@ -12,7 +12,7 @@ from lowrank_nn.errors import OptionError
 from lowrank_nn.layers import Packing
 from lowrank_nn.storage._bits import Bytes
 from lowrank_nn.storage._choose import choose_encoding
-from lowrank_nn.storage._container import INDEX, digest, make_file, write_file
+from lowrank_nn.storage._container import RESERVED, digest, make_file, write_file
 from lowrank_nn.storage._encoding import DTYPES, Encoding, unstorable
 from lowrank_nn.storage._folds import identity_paths
 from lowrank_nn.storage._payload import encode
@@ -113,7 +113,7 @@ def _drafted(model: nn.Module, coding: Coding) -> list[Bytes]:
     encoded = _encoded(model, tensors, tied, coding)
     stored, listed, gathered = {}, {}, []
     for key, (encoding, payload) in encoded.items():
-        large = payload.nbytes >= LISTED_BYTES and key != INDEX
+        large = payload.nbytes >= LISTED_BYTES and key not in RESERVED
         stored[key] = StoredTensor(encoding, payload.nbytes, digest(payload) if large else None)
         if large:
             listed[key] = (encoding.stored_as(payload.nbytes), payload)

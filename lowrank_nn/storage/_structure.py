@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -115,7 +116,8 @@ def describe_layers(model: nn.Module) -> tuple[LayerEntry, ...]:
     """List the compressed layers of ``model``, parents first.
 
     Raises:
-        OptionError: A layer is not registered, its config is not JSON, or a module is parametrized.
+        OptionError: A layer is not registered, its config is not JSON or not that of its tensors, or a module is
+            parametrized.
     """
     paths: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
@@ -217,13 +219,39 @@ def _unwritable(layer: CompressedLayer) -> str | None:
         json.dumps(layer.config(), allow_nan=False)
     except (TypeError, ValueError) as error:
         return f"({name}) has a config that is not JSON ({error}). config() must return plain numbers and strings."
-    return None
+    return _unlike_its_class(layer)
+
+
+def _unlike_its_class(layer: CompressedLayer) -> str | None:
+    """Return in what the layer differs from one of its class and config, which is what ``load`` builds."""
+    name = type(layer).__name__
+    if any(parametrize.is_parametrized(module) for module in layer.modules()):
+        return None  # which is listed
+    try:
+        with torch.random.fork_rng(devices=[]):
+            twin = type(layer).empty(device="meta", dtype=None, **layer.config())
+    except Exception as error:
+        # A constructor may raise anything on a config that it was not written for.
+        return f"({name}) cannot be built from its config(): {error}"
+    inside = tuple(f"{path}." for path, m in layer.named_modules() if path and isinstance(m, CompressedLayer))
+    held, built = (
+        {key: tuple(t.shape) for key, t in m.state_dict().items() if not key.startswith(inside)} for m in (layer, twin)
+    )
+    differing = sorted(key for key in held.keys() | built.keys() if held.get(key) != built.get(key))
+    if not differing:
+        return None
+    return (
+        f"({name}) was changed: {', '.join(differing)} are not those that its class makes from its config, so it could "
+        "not be loaded. Undo hooks that compute weights (torch.nn.utils.prune.remove, remove_weight_norm); derive a "
+        "class for other changes."
+    )
 
 
 def _identity(tensor: Tensor) -> Any:
     if tensor.numel() == 0:
         return id(tensor)
-    return (tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride())
+    place = (tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride())
+    return (*place, tensor.is_conj(), tensor.is_neg())  # which are bits of a view, not of what is in memory
 
 
 def _typed(value: Any, kind: type) -> Any:

@@ -1,12 +1,16 @@
 """Models and places that save refuses, and writes that fail half-way."""
 
+import os
+
 import pytest
+import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from lowrank_nn.errors import OptionError
-from lowrank_nn.layers import SVDLinear
-from lowrank_nn.storage import packed_size, save
+from lowrank_nn.layers import QuantLinear, SVDLinear
+from lowrank_nn.storage import load, packed_size, save
 
 
 class Unregistered(SVDLinear):
@@ -30,6 +34,27 @@ def unwritable_models():
     odd.rank = float("nan")
     yield odd, ["config that is not JSON"]
     yield nn.LazyLinear(3), ["no values yet"]
+    yield nn.Sequential(pruned_by_torch(SVDLinear(4, 4, rank=2))), ["'0' (SVDLinear) was changed", "expand.weight_mask"]
+    extended = SVDLinear(4, 4, rank=2)
+    extended.register_buffer("scale", torch.ones(3))
+    yield nn.Sequential(extended), ["'0' (SVDLinear) was changed: scale"]
+    other = SVDLinear(4, 4, rank=2)
+    other.reduce = nn.Linear(4, 3, bias=False)
+    yield nn.Sequential(other), ["was changed: reduce.weight"]
+
+
+def pruned_by_torch(layer):
+    prune.l1_unstructured(layer.expand, "weight", amount=0.5)
+    return layer
+
+
+def test_layers_changed_back_can_be_written(tmp_path):
+    layer = pruned_by_torch(SVDLinear(4, 4, rank=2))
+    prune.remove(layer.expand, "weight")
+    layer.expand = QuantLinear.from_pretrained_layer(layer.expand)
+    save(nn.Sequential(layer), tmp_path / "a.lrnn")
+    back = load(tmp_path / "a.lrnn", nn.Sequential(nn.Linear(4, 4)))
+    assert torch.equal(back[0].weight, layer.weight)
 
 
 @pytest.mark.parametrize(("model", "messages"), list(unwritable_models()))
@@ -46,6 +71,15 @@ def test_a_missing_folder_and_a_folder(net, tmp_path):
     with pytest.raises(OptionError, match="is a folder"):
         save(net, tmp_path)
     assert [*tmp_path.iterdir()] == []
+
+
+def test_pipes_and_devices_are_not_replaced(net, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OptionError, match="is a device or a pipe"):
+        save(net, pipe)
+    assert pipe.is_fifo()
+    assert [*tmp_path.iterdir()] == [pipe]
 
 
 def test_a_write_that_fails_leaves_the_old_file(net, tmp_path, monkeypatch):
