@@ -213,7 +213,7 @@ class _Follower(ForwardWatch):
         modules = frozenset(frame.module for frame in self._frames)
         call = Call(self.units, func, args, kwargs, made, where, known, modules, self._statistics)
         self._statistics += func in STATISTICS
-        planes, means = self._ask(rule, call), means_left(rule, call)
+        means, planes = means_left(rule, call), self._ask(rule, call)
         origins = [labels.constant for labels in known.values()]
         constant = max(origins, default=0) if all(origins) else 0
         for index, tensor in enumerate(tensors(made)):
@@ -290,7 +290,9 @@ class _Follower(ForwardWatch):
 
     def _freeze(self, arguments: Any, reason: str) -> None:
         for tensor in tensors(arguments):
-            self.units.freeze(self.read(tensor).ids(), reason)
+            labels = self.read(tensor)
+            self.units.freeze_means(labels.means)
+            self.units.freeze(labels.ids(), reason)
 
 
 def _version(tensor: Tensor) -> int:

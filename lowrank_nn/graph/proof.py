@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -47,7 +48,8 @@ def prove(
     where the model runs in it: rounding is no excuse then.
 
     All removals are tried at once first. Where they do not agree they are halved, so that a few bad ones among many
-    cost few runs; first in eval mode alone, which costs a fraction of the rest and finds nearly all bad ones.
+    cost few runs; layers at the same place of repeated blocks, which mostly share their fate, stay together longest.
+    First that is in eval mode alone, which costs a fraction of the rest and finds nearly all bad ones.
 
     Args:
         model: Not changed; worked on is a copy.
@@ -74,18 +76,25 @@ _Bundle = tuple[Removal, ...]
 
 
 def _bundles(removals: Sequence[Removal], together: Sequence[Collection[str]]) -> list[_Bundle]:
+    """Return what is tried together, alike next to each other: those whose names differ in numbers alone."""
     bundles = [tuple(removal for removal in removals if removal.group.name in names) for names in together]
     bundled = {removal.group.name for bundle in bundles for removal in bundle}
-    return [*filter(None, bundles), *((removal,) for removal in removals if removal.group.name not in bundled)]
+    bundles = [*filter(None, bundles), *((removal,) for removal in removals if removal.group.name not in bundled)]
+    return sorted(bundles, key=lambda bundle: re.sub(r"\d+", "", bundle[0].group.name))
 
 
 def _halved(trial: Trial, bundles: list[_Bundle], runs: Sequence[Run], refused: dict[str, str]) -> list[_Bundle]:
     """Return the bundles that agree, all at once, and note why others do not."""
     proven: list[_Bundle] = []
     queue = [bundles] if bundles else []
+    known: dict[frozenset[int], str] = {}  # where one half is proven, the other makes up the whole that was not
     while queue:
         batch = queue.pop()
-        problem = _difference(trial, [removal for bundle in [*proven, *batch] for removal in bundle], runs)
+        tried = [removal for bundle in [*proven, *batch] for removal in bundle]
+        key = frozenset(map(id, tried))
+        if key not in known:
+            known[key] = _difference(trial, tried, runs)
+        problem = known[key]
         if not problem:
             proven += batch
         elif len(batch) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -31,11 +32,13 @@ class Mean:
         call: Which of all such calls of the forward, from 0.
         dims: Along which dimensions of its argument the units stand.
         ids: The units.
+        where: Its name and place, for reasons.
     """
 
     call: int
     dims: tuple[int, ...]
     ids: Tensor
+    where: str
 
 
 class Units:
@@ -154,6 +157,11 @@ class Units:
                 own = lowered.setdefault(root, {})
                 own[source] = max(count, own.get(source, 0))
         return lowered
+
+    def freeze_means(self, means: Iterable[Mean]) -> None:
+        """Keep the units of means that are used for anything but to normalise them."""
+        for mean in means:
+            self.freeze(mean.ids, f"mixed by {mean.where}")
 
     def note_mean(self, mean: Mean) -> None:
         """Note that units are normalised by a mean over them: it is to be one over those that stay."""

@@ -131,9 +131,9 @@ class OtherChannels(nn.Module):
 @pytest.mark.parametrize(
     ("model", "layer", "reason"),
     [
-        (SpatialAttention, "stem", "their mean goes into conv2d in gate"),
-        (Returned, "stem", "reaches the output of the model"),
-        (OtherChannels, "side", "their mean goes into conv2d in head"),
+        (SpatialAttention, "stem", "mixed by mean in the model itself"),
+        (Returned, "stem", "mixed by mean in the model itself"),
+        (OtherChannels, "side", "mixed by mean in the model itself"),
     ],
 )
 def test_means_that_are_used_otherwise_keep_their_channels(model, layer, reason):

@@ -21,8 +21,7 @@ def means_left(rule: Rule | None, call: Call) -> tuple[Mean, ...]:
     """
     means = [mean for labels in call.known.values() for mean in labels.means]
     if rule not in _PASS_ON:
-        for mean in means:
-            call.units.freeze(mean.ids, f"their mean goes into {call.where}")
+        call.units.freeze_means(means)
         return ()
     planes = [plane for labels in call.operands() for plane in labels.planes] if rule is elementwise else []
     met = [any(call.units.same(mean.ids, plane.reshape(-1)) for plane in planes) for mean in means]

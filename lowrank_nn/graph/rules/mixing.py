@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_nn.graph.labels import Labels, merge, mix, split_dim, support
 from lowrank_nn.graph.rules._call import Call, Outcome, Planes, Rule, aligned, functions, normal_dims, rule_for
@@ -45,13 +45,16 @@ def _along(position: int, default: Any = None) -> Rule:
     def rule(call: Call) -> Callable[[], list[Planes]]:
         labels, count = call.first, len(call.first.shape)
         dims = dims_of(call, position, default)
-        over = [p for p in labels.planes if support(p) <= set(dims)] if call.function in STATISTICS else []
-        if of_parameters(labels) or not labels.constant:
-            labels = dataclasses.replace(labels, planes=tuple(p for p in labels.planes if p not in over))
+        over: list[Tensor] = []
+        if call.function in STATISTICS and (of_parameters(labels) or not labels.constant):
+            over = [plane for plane in labels.planes if support(plane) <= set(dims)]
+            left = [plane for plane in labels.planes if not support(plane) <= set(dims)]
+            labels = dataclasses.replace(labels, planes=tuple(left))
 
         def planes() -> list[Planes]:
             if not labels.constant:
-                call.means.extend(Mean(call.number, tuple(support(p)), p.reshape(-1)) for p in over)
+                means = (Mean(call.number, tuple(support(p)), p.reshape(-1), call.where) for p in over)
+                call.means.extend(means)
             mixed = mix_all(call, labels, dims)
             if not call.shapes or len(call.shapes[0]) == count:
                 return [mixed]
