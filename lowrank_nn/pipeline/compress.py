@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,11 +21,10 @@ from lowrank_nn.graph.fold import folded_norms
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.sites import refuse_opaque
 from lowrank_nn.graph.surgery import named_tensors
-from lowrank_nn.pipeline.apply import Apply
 from lowrank_nn.pipeline.batches import read_calibration
+from lowrank_nn.pipeline.copies import record_result, working_copy
 from lowrank_nn.pipeline.dryrun import DryRun
 from lowrank_nn.pipeline.latency import dry_run_in_time
-from lowrank_nn.pipeline.lowrank import LowRank
 from lowrank_nn.pipeline.random_state import preserved_random_state
 from lowrank_nn.pipeline.recipes import Recipe, read_recipe
 from lowrank_nn.pipeline.result import Result
@@ -215,11 +215,12 @@ def _compress(start: State, steps: list[Step]) -> Result:
     dense, model = start.original, start.dense
     with preserved_random_state(start.seed):
         planned = dry_run_in_time(start, steps)
-        state = dataclasses.replace(start, model=_working_copy(model, _replaced_at_once(steps, planned)))
+        copied = working_copy(model, steps, planned, start.example_inputs)
+        state = dataclasses.replace(start, model=copied, replaced=weakref.WeakKeyDictionary())
         for index, (step, decisions) in enumerate(zip(steps, planned.decisions, strict=True), 1):
             logger.info("step %d of %d: %r", index, len(steps), step)
             step.execute(state, decisions)
-        small = _record_result(state.model, start.example_inputs)
+        small = record_result(state.model, start.example_inputs, state.replaced)
         _refuse_broken(dense, small)
         report = make_report(
             "result",
@@ -275,28 +276,6 @@ def _plan_report(start: State, planned: DryRun) -> Report:
     return dataclasses.replace(
         report, latency=Latency(before, planned.latency * before, 1 / planned.latency, threads, device)
     )
-
-
-def _replaced_at_once(steps: list[Step], planned: DryRun) -> set[str]:
-    """Return the paths that the first step replaces, if all that it does with the old layers is to read them."""
-    if not isinstance(steps[0], (Apply, LowRank)):
-        return set()
-    return {decision.path for decision in planned.decisions[0] if decision.layer_class is not None}
-
-
-def _working_copy(model: nn.Module, replaced: set[str]) -> nn.Module:
-    """Return a deep copy; layers about to be replaced share their parameters, which saves up to the model's memory."""
-    return copy.deepcopy(model, {id(p): p for path in replaced for p in model.get_submodule(path).parameters()})
-
-
-def _record_result(model: nn.Module, example_inputs: Any) -> Recording:
-    try:
-        return record(model, example_inputs)
-    except PlanError as error:
-        raise PlanError(
-            f"compress_model: the compressed model does not run where the dense one does. {error} If the model reads "
-            "attributes of a layer that its replacement lacks, leave that layer dense (but_not=...)."
-        ) from error
 
 
 def _refuse_broken(dense: Recording, small: Recording) -> None:

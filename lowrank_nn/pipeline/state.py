@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, MutableMapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -63,6 +64,7 @@ class State:
         remarks: What the report is to say about layers: remark to paths.
         pruned: Where steps have removed channels: the model without them, with numbers, and what it was recorded to do.
         rescaled: What weights were multiplied by, so that the report measures errors from there.
+        replaced: Paths of layers that were replaced, as long as anything holds them.
     """
 
     model: nn.Module
@@ -80,6 +82,7 @@ class State:
     remarks: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     pruned: tuple[nn.Module, Recording] | None = None
     rescaled: Rescaling = dataclasses.field(default_factory=dict)
+    replaced: MutableMapping[nn.Module, str] = dataclasses.field(default_factory=weakref.WeakKeyDictionary)
 
     @property
     def base(self) -> tuple[nn.Module, Recording]:
@@ -132,6 +135,7 @@ class State:
 
     def replace(self, path: str, new: nn.Module) -> None:
         """Put ``new`` in the place of the layer at ``path``, under all its names."""
+        self.replaced[self.model.get_submodule(path)] = path
         self.model = replace_module(self.model, path, new)
 
     def remark(self, path: str, text: str) -> None:
