@@ -152,8 +152,7 @@ def test_bad_groups_at_the_same_place_of_every_block_cost_few_runs():
     proof = prove(model, removals, inputs)
     assert list(proof.refused) == [f"{index}.layers.c" for index in range(6)]
     assert len(proof.proven) == 24
-    # Two runs each: all, halves until c is alone, each c with that as known as can be; then all in train mode.
-    assert Block.runs / 6 <= 2 * 22 + 6
+    assert Block.runs / 6 <= 42  # halving in the order of execution takes 84, one group after the other 66
 
 
 def test_a_missing_member_is_found():
