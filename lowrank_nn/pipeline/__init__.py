@@ -1,8 +1,8 @@
 """Steps, recipes, plan() and compress_model()."""
 
+from lowrank_nn.pipeline.accounts import compare as compare
 from lowrank_nn.pipeline.apply import Apply as Apply
 from lowrank_nn.pipeline.codebook import Codebook as Codebook
-from lowrank_nn.pipeline.compress import compare as compare
 from lowrank_nn.pipeline.compress import compress_model as compress_model
 from lowrank_nn.pipeline.compress import plan as plan
 from lowrank_nn.pipeline.compress import sweep as sweep

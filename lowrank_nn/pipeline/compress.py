@@ -1,9 +1,8 @@
-"""The calls that a user makes: plan(), compress_model(), sweep(), and compare()."""
+"""The calls that a user makes: plan(), compress_model() and sweep()."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
 import weakref
@@ -13,17 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_nn.cost import compare_speed
 from lowrank_nn.errors import LowRankError, PlanError
-from lowrank_nn.graph import Recording, call_model, record
+from lowrank_nn.graph import Recording, record
 from lowrank_nn.graph.derive import deep_copy
-from lowrank_nn.graph.fold import folded_norms
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.sites import refuse_opaque
 from lowrank_nn.graph.surgery import named_tensors
+from lowrank_nn.pipeline.accounts import measured_latency, plan_report, result_report
 from lowrank_nn.pipeline.batches import read_calibration
 from lowrank_nn.pipeline.copies import record_result, working_copy
-from lowrank_nn.pipeline.dryrun import DryRun
 from lowrank_nn.pipeline.latency import dry_run_in_time
 from lowrank_nn.pipeline.random_state import preserved_random_state
 from lowrank_nn.pipeline.recipes import Recipe, read_recipe
@@ -31,7 +28,7 @@ from lowrank_nn.pipeline.result import Result
 from lowrank_nn.pipeline.search import smallest_within
 from lowrank_nn.pipeline.state import State, Step
 from lowrank_nn.planning import Budget
-from lowrank_nn.report import Latency, Report, make_report
+from lowrank_nn.report import Report
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +70,7 @@ def plan(
             "with a share, such as Budget(params=0.3)."
         )
     with _own_modes(seed):
-        return _plan_report(start, dry_run_in_time(start, steps))
+        return plan_report(start, dry_run_in_time(start, steps))
 
 
 def compress_model(
@@ -205,7 +202,7 @@ def _compress_and_time(start: State, steps: list[Step], measure_speed: bool) -> 
         else:
             result = _compress(start, steps)
         if measure_speed and result.report.latency is None:
-            latency = _latency(start.dense, result.model, start.example_inputs)
+            latency = measured_latency(start.dense, result.model, start.example_inputs)
             result = dataclasses.replace(result, report=dataclasses.replace(result.report, latency=latency))
     return result
 
@@ -222,60 +219,7 @@ def _compress(start: State, steps: list[Step]) -> Result:
             step.execute(state, decisions)
         small = record_result(state.model, start.example_inputs, state.replaced)
         _refuse_broken(dense, small)
-        report = make_report(
-            "result",
-            (model, dense),
-            (state.model, small),
-            left=planned.left(dense),
-            remarks=state.remarks,
-            choices=planned.choices(),
-            folded=folded_norms(model, state.model, start.example_inputs),
-            rescaled=state.rescaled,
-        )
-        if planned.latency is not None:
-            report = dataclasses.replace(report, latency=_latency(model, state.model, start.example_inputs))
-    return Result(state.model, report, _plan_report(start, planned))
-
-
-def compare(dense: nn.Module, small: nn.Module, example_inputs: Any, *, measure_speed: bool = False) -> Report:
-    """Return the report on any two models of one architecture, such as one compressed in several calls.
-
-    Args:
-        dense: The model before compression.
-        small: The model after it, with a layer at every path where ``dense`` has one.
-        example_inputs: What both are called with.
-        measure_speed: Whether to time both models.
-
-    Raises:
-        PlanError: A model fails on these inputs, or ``small`` has no layer where ``dense`` has one.
-    """
-    report = make_report(
-        "result",
-        (dense, record(dense, example_inputs)),
-        (small, record(small, example_inputs)),
-        left={},
-        folded=folded_norms(dense, small, example_inputs),
-    )
-    return dataclasses.replace(report, latency=_latency(dense, small, example_inputs)) if measure_speed else report
-
-
-def _plan_report(start: State, planned: DryRun) -> Report:
-    after = planned.state
-    report = make_report(
-        "plan",
-        (start.model, start.original),
-        (after.model, after.recording()),
-        left=planned.left(start.original),
-        errors=planned.errors(),
-        choices=planned.choices(),
-    )
-    if planned.latency is None:
-        return report
-    before = after.dense_latency()
-    threads, device = torch.get_num_threads(), _device(start.dense)
-    return dataclasses.replace(
-        report, latency=Latency(before, planned.latency * before, 1 / planned.latency, threads, device)
-    )
+    return Result(state.model, result_report(state, small, planned), plan_report(start, planned))
 
 
 def _refuse_broken(dense: Recording, small: Recording) -> None:
@@ -289,18 +233,3 @@ def _refuse_broken(dense: Recording, small: Recording) -> None:
 def _finite(output: Any) -> bool:
     """Whether all floating tensors in a nest of containers are finite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors(output) if tensor.is_floating_point())
-
-
-def _latency(dense: nn.Module, small: nn.Module, example_inputs: Any) -> Latency:
-    copies = [copy.deepcopy(model).eval() for model in (dense, small)]  # a forward may change buffers
-    with torch.no_grad():
-        timing = compare_speed(*(_caller(model, example_inputs) for model in copies))
-    return Latency(timing.first, timing.second, timing.ratio, torch.get_num_threads(), _device(small))
-
-
-def _device(model: nn.Module) -> str:
-    return next((str(parameter.device) for parameter in model.parameters()), "cpu")
-
-
-def _caller(model: nn.Module, example_inputs: Any) -> Any:
-    return lambda: call_model(model, example_inputs)

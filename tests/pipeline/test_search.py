@@ -256,8 +256,8 @@ def test_a_plan_needs_a_share(net):
 
 def test_speed_is_measured_once(net, monkeypatch):
     calls = []
-    measured = compress._latency
-    monkeypatch.setattr(compress, "_latency", lambda *args: calls.append(1) or measured(*args))
+    measured = compress.measured_latency
+    monkeypatch.setattr(compress, "measured_latency", lambda *args: calls.append(1) or measured(*args))
     budget = lnn.Budget(accuracy_drop=3.0, evaluate=Metric(net))
     result = lnn.compress_model(net, X, lnn.LowRank(formats=MATRICES), budget=budget, measure_speed=True)
     assert result.report.latency is not None
