@@ -36,7 +36,7 @@ def tap_orders(kernel_size: Sequence[int], transforms: Transforms) -> Tensor:
     Raises:
         OptionError: ``transforms`` is none of these.
     """
-    if transforms not in get_args(Transforms):
+    if not isinstance(transforms, str) or transforms not in get_args(Transforms):
         raise OptionError(f"transforms is one of {', '.join(map(repr, get_args(Transforms)))}, got {transforms!r}.")
     height, width = kernel_size
     taps = torch.arange(height * width, device="cpu").reshape(height, width)

@@ -45,8 +45,11 @@ class Derived(Generic[Made]):
 
 
 def own_tensors(layer: nn.Module) -> list[Tensor]:
-    """Return a layer's own parameters and buffers."""
-    return [t for table in (layer._parameters, layer._buffers) for t in table.values() if t is not None]
+    """Return a layer's own parameters and buffers, and those that parametrizations compute them from."""
+    own = [t for table in (layer._parameters, layer._buffers) for t in table.values() if t is not None]
+    for module in layer._modules.values():
+        own += [*module.parameters(), *module.buffers()] if module is not None else []
+    return own
 
 
 def may_use_kernel(layer: nn.Module, x: Tensor) -> bool:
@@ -91,7 +94,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def _has_gradient(layer: nn.Module) -> bool:
-    return any(p.requires_grad for p in layer._parameters.values() if p is not None)
+    return any(tensor.requires_grad for tensor in own_tensors(layer))
 
 
 def _stamps(layer: nn.Module) -> list[Stamp]:

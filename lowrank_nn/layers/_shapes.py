@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_nn.cost import conv_output_size
-from lowrank_nn.errors import OptionError
+from lowrank_nn.errors import OptionError, check_whole_number
 from lowrank_nn.layers._base import CompressedLayer
 from lowrank_nn.layers._window import Window, windowed_conv2d
 
@@ -51,6 +51,11 @@ class CompressedConv2d(CompressedLayer):
         padding_mode: PaddingMode,
     ) -> None:
         super().__init__()
+        if min(in_channels, out_channels) < 1:
+            raise OptionError(
+                f"{type(self).__name__}: in_channels and out_channels must be at least 1, got {in_channels} and "
+                f"{out_channels}."
+            )
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise OptionError(
                 f"{type(self).__name__}: groups must divide in_channels and out_channels, got groups={groups} for "
@@ -60,11 +65,29 @@ class CompressedConv2d(CompressedLayer):
         self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
         self.padding = padding if isinstance(padding, str) else pair(padding)
         self.padding_mode: PaddingMode = padding_mode
+        self._check_geometry()
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
         """Shape of the dense weight, ``(out_channels, in_channels / groups, kh, kw)``."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def _check_geometry(self) -> None:
+        """Refuse what ``nn.Conv2d`` refuses, there or when it is called: not all layers have one inside."""
+        name, padding = type(self).__name__, self.padding
+        if isinstance(padding, str) and padding not in ("same", "valid"):
+            raise OptionError(f"{name}: padding must be 'same', 'valid' or numbers, got {padding!r}.")
+        if padding == "same" and self.stride != (1, 1):
+            raise OptionError(f"{name}: padding='same' is for stride 1, got stride={self.stride}. Pass numbers.")
+        if self.padding_mode not in get_args(PaddingMode):
+            modes = ", ".join(map(repr, get_args(PaddingMode)))
+            raise OptionError(f"{name}: padding_mode must be one of {modes}, got {self.padding_mode!r}.")
+        numbers = {"kernel_size": self.kernel_size, "stride": self.stride, "dilation": self.dilation}
+        for what, values in numbers.items():
+            for value in values:
+                check_whole_number(f"{name}: {what}", value, 1)
+        for value in () if isinstance(padding, str) else padding:
+            check_whole_number(f"{name}: padding", value, 0)
 
     @property
     def fan_in(self) -> int:
@@ -165,6 +188,11 @@ class CompressedLinear(CompressedLayer):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
+        if min(in_features, out_features) < 1:
+            raise OptionError(
+                f"{type(self).__name__}: in_features and out_features must be at least 1, got {in_features} and "
+                f"{out_features}."
+            )
         self.in_features, self.out_features = in_features, out_features
 
     @property

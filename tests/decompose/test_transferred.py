@@ -54,9 +54,10 @@ def test_transforms_that_do_the_same_count_once(size, transforms, count):
     assert len(tap_orders(size, transforms)) == count
 
 
-def test_unknown_transforms_are_refused():
-    with pytest.raises(OptionError, match="transforms is one of 'dihedral', 'flips', 'none', got 'turns'"):
-        tap_orders((3, 3), "turns")
+@pytest.mark.parametrize("transforms", ["turns", np.array(["none", "flips"])], ids=str)
+def test_unknown_transforms_are_refused(transforms):
+    with pytest.raises(OptionError, match="transforms is one of 'dihedral', 'flips', 'none', got"):
+        tap_orders((3, 3), transforms)
 
 
 def test_one_base_without_transforms_is_the_best_of_rank_one():

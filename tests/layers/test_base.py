@@ -186,7 +186,7 @@ def test_an_empty_layer_draws_no_random_number():
     assert layer.reduce.weight.dtype == torch.float64
 
 
-def test_repr_is_the_constructor_call_without_defaults():
+def test_repr_is_the_constructor_call_without_defaults_that_do_not_matter():
     layer = SVDLinear(6, 4, rank=2)
     assert repr(layer).startswith("SVDLinear(\n  in_features=6, out_features=4, rank=2\n")
     assert repr(SVDLinear(6, 4, bias=False, rank=2)).startswith(
@@ -194,7 +194,8 @@ def test_repr_is_the_constructor_call_without_defaults():
     )
     strided = QuantConv2d(4, 8, 3, stride=(2, 1), padding=1, bits=4)
     assert repr(strided) == (
-        "QuantConv2d(in_channels=4, out_channels=8, kernel_size=(3, 3), stride=(2, 1), padding=(1, 1), bits=4)"
+        "QuantConv2d(in_channels=4, out_channels=8, kernel_size=(3, 3), stride=(2, 1), padding=(1, 1), bits=4, "
+        "activation_bits=None)"
     )
     assert layer.config() == {"in_features": 6, "out_features": 4, "rank": 2, "bias": True}
 
@@ -211,6 +212,38 @@ def test_a_deep_copy_of_a_copy_is_independent():
 def test_impossible_ranks_are_refused(rank):
     with pytest.raises(RankError, match=r"^SVDLinear: rank must be"):
         SVDLinear(6, 4, rank=rank)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            {"padding_mode": "zero"},
+            "padding_mode must be one of 'zeros', 'reflect', .*, got 'zero'",
+        ),
+        ({"padding": "SAME"}, "padding must be 'same', 'valid' or numbers, got 'SAME'"),
+        ({"padding": "same", "stride": (1, 2)}, r"padding='same' is for stride 1, got stride=\(1, 2\)"),
+        ({"padding": (0, -1)}, "padding must be a whole number from 0, got -1"),
+        ({"stride": 0}, "stride must be a whole number from 1, got 0"),
+        ({"dilation": 0}, "dilation must be a whole number from 1, got 0"),
+        ({"kernel_size": (3, 0)}, "kernel_size must be a whole number from 1, got 0"),
+        ({"in_channels": 0}, "in_channels and out_channels must be at least 1, got 0 and 8"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cls", [SVDConv2d, QuantConv2d])
+def test_what_no_convolution_takes_is_refused(cls, option, message):
+    own = {"rank": 1} if cls is SVDConv2d else {}
+    with pytest.raises(OptionError, match=f"^{cls.__name__}: {message}"):
+        cls(**{"in_channels": 4, "out_channels": 8, "kernel_size": 3} | option, **own)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in LAYERS.values() if cls.replaces is nn.Linear])
+def test_layers_without_features_are_refused(cls):
+    dense = nn.Linear(6, 4)
+    config = cls.from_pretrained_layer(dense, **cls.usual_options(dense)).config()
+    with pytest.raises(OptionError, match=f"^{cls.__name__}: in_features and out_features must be at least 1"):
+        cls(**config | {"in_features": 0})
 
 
 def test_groups_that_do_not_divide_are_refused():

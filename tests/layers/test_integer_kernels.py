@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_nn.layers import PrunedConv2d, QuantConv2d, QuantLinear
@@ -269,6 +270,18 @@ def test_what_training_changes_through_data_is_noticed():
         before = layer(x)
         layer.train().bias.data += 1  # as old optimizers do
         torch.testing.assert_close(layer.eval()(x), before + 1)
+
+
+@pytest.mark.parametrize("name", ["latent", "bias"])
+def test_changes_below_a_parametrization_are_noticed(name):
+    x = randn(2, 4, 7, 7)
+    layer = quantized(dense_conv(torch.float32, kernel_size=3, padding=1), x, frozen=False)
+    parametrize.register_parametrization(layer, name, nn.Tanh(), unsafe=True)
+    with torch.no_grad():
+        layer(x)
+        layer.parametrizations[name].original.mul_(2)
+        torch.testing.assert_close(layer(x), layer.simulate(x), rtol=1e-5, atol=1e-4)
+    assert layer(x).requires_grad
 
 
 def test_packed_weights_are_neither_copied_nor_saved_nor_kept():
