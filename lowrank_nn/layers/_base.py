@@ -65,7 +65,7 @@ class CompressedLayer(nn.Module, abc.ABC):
     Attributes:
         replaces: The dense class this layer stands in for.
         stacks_on: Compressed classes that may be its source too, and whose effect (zeros, grid) it keeps.
-        main_options: The constructor arguments that a report shows.
+        main_options: The constructor arguments that a report shows, and ``repr`` at their defaults too.
         tables: Names of own parameters that say what stored integers stand for, such as a codebook: like scales they
             count among the bytes of a layer, and not among its params.
         rearranges: Whether what goes between the stages is rearranged, so that the channels of the last one are not
@@ -192,11 +192,15 @@ class CompressedLayer(nn.Module, abc.ABC):
         return dense.train(self.training)
 
     def extra_repr(self) -> str:
-        """Show the constructor's arguments, without those that are at their defaults."""
+        """Show the constructor's arguments: the main options, and what is not at its default."""
         defaults = {name: parameter.default for name, parameter in inspect.signature(type(self)).parameters.items()}
         pairs = {name: (default, default) for name, default in defaults.items()}  # a stride of 1 is kept as (1, 1)
-        own = {name: value for name, value in self.config().items() if value not in (defaults[name], pairs[name])}
-        return ", ".join(f"{name}={value!r}" for name, value in own.items())
+        shown = (
+            f"{name}={value!r}"
+            for name, value in self.config().items()
+            if name in self.main_options or value not in (defaults[name], pairs[name])
+        )
+        return ", ".join(shown)
 
     @classmethod
     def empty(cls, *, device: torch.device | str | None, dtype: torch.dtype | None, **config: Any) -> Self:

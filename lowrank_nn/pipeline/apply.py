@@ -52,10 +52,10 @@ class Apply(Step):
                 )
             check_options(cls, options)
 
-    def __repr__(self) -> str:
-        names = ", ".join(cls.__name__ for cls in self.layer_classes)
-        extra = "".join(f", {name}={value!r}" for name, value in self.options.items())
-        return f"Apply({names}, where={self.where!r}, but_not={self.but_not!r}{extra})"
+    def _shown(self) -> dict[str, Any]:
+        one, *more = self.layer_classes
+        named = {"layer_class": self.layer_classes if more else one, "where": self.where, "but_not": self.but_not}
+        return named | {"strict": self.strict} | self.options
 
     def decide(self, state: State) -> list[Decision]:
         """Decide for each matching layer.

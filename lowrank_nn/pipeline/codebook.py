@@ -63,9 +63,9 @@ class Codebook(Step):
         self.bits, self.conv_bits, self.init = bits, conv_bits, init
         self.where, self.but_not, self.batches, self.loss = where, but_not, batches, loss
 
-    def __repr__(self) -> str:
-        weighted = "" if self.batches is None else ", weighted by Fisher information"
-        return f"Codebook({self.bits}, conv_bits={self.conv_bits}, init={self.init!r}{weighted})"
+    def _shown(self) -> dict[str, Any]:
+        bits = {"bits": self.bits, "conv_bits": None if self.conv_bits == self.bits else self.conv_bits}
+        return bits | {"init": self.init, "where": self.where, "but_not": self.but_not, "loss": self.loss}
 
     def decide(self, state: State) -> list[Decision]:
         """Decide for each matching layer.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lowrank_nn.errors import CalibrationError
 from lowrank_nn.graph.absorption import absorb_, find_absorbable
 from lowrank_nn.graph.equalization import equalize_
@@ -40,8 +42,8 @@ class Equalize(Step):
     def __init__(self, *, absorb: bool = False) -> None:
         self.absorb = absorb
 
-    def __repr__(self) -> str:
-        return f"Equalize({'absorb=True' if self.absorb else ''})"
+    def _shown(self) -> dict[str, Any]:
+        return {"absorb": self.absorb}
 
     def decide(self, state: State) -> list[Decision]:
         """Decide nothing: every layer stays what it is.

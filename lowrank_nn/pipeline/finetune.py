@@ -132,8 +132,9 @@ class FineTune(Step):
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.autocast = autocast
 
-    def __repr__(self) -> str:
-        return f"FineTune(epochs={self.epochs}, loss={'distillation' if self.loss is None else self.loss!r})"
+    def _shown(self) -> dict[str, Any]:
+        names = ("epochs", "lr", "loss", "temperature", "alpha", "guidance", "regularizer", "evaluate", "restore_best")
+        return {name: getattr(self, name) for name in (*names, "checkpoint", "autocast")}
 
     def decide(self, state: State) -> list[Decision]:
         """Training changes no structure: no decisions.

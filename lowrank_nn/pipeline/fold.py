@@ -28,9 +28,6 @@ class FoldBatchNorm(Step):
     that is to update statistics.
     """
 
-    def __repr__(self) -> str:
-        return "FoldBatchNorm()"
-
     def decide(self, state: State) -> list[Decision]:
         """Decide for every batch normalisation of the model."""
         if FoldBatchNorm not in state.cache:

@@ -104,10 +104,10 @@ class LowRank(Step):
         self.formats = None if formats is None else _low_rank_classes(formats)
         self.data_aware, self.curvature, self.reconstruct = data_aware, curvature, reconstruct
 
-    def __repr__(self) -> str:
-        names = None if self.formats is None else [cls.__name__ for cls in self.formats]
-        how = f"rank={self.rank!r}" if self.rank is not None else f"allocation={self.allocation!r}"
-        return f"LowRank(where={self.where!r}, but_not={self.but_not!r}, formats={names}, {how})"
+    def _shown(self) -> dict[str, Any]:
+        names = ("where", "but_not", "formats", "rank", "allocation", "multiple_of")
+        named = {name: getattr(self, name) for name in (*names, "data_aware", "curvature", "reconstruct")}
+        return named | {"at_least": self.at_least or None, "at_most": self.at_most or None}
 
     def allocates(self) -> bool:
         """Whether the ranks come from the budget."""

@@ -113,8 +113,14 @@ class Prune(Step):
                 "and a budget instead of an amount are for granularity='filter'."
             )
 
-    def __repr__(self) -> str:
-        return f"Prune({self.amount}, granularity={self.granularity!r}, criterion={self.criterion!r})"
+    def _shown(self) -> dict[str, Any]:
+        names = ("amount", "granularity", "criterion", "where", "but_not", "loss")
+        named = {name: getattr(self, name) for name in names}
+        if self.filters is None:
+            return named
+        keep = self.filters.keep
+        named |= {"scope": keep.scope, "round_to": keep.round_to, "min_keep": keep.min_keep}
+        return named | {"reconstruct": self.filters.reconstruct}
 
     def allocates(self) -> bool:
         """Whether the budget says how much is removed."""

@@ -87,7 +87,7 @@ class Quantize(Step):
         where: Patterns = "*",
         but_not: Patterns = (),
     ) -> None:
-        self.weights = weights
+        self.weights, self.activations = weights, activations
         integers = weights != "bf16"
         given = (activations, scheme, observer, keep_fastest, data_aware, reconstruct)
         if not integers and given != (None, "symmetric", "minmax", False, None, True):
@@ -110,13 +110,9 @@ class Quantize(Step):
         self.data_aware, self.reconstruct = data_aware, reconstruct
         self.where, self.but_not = where, but_not
 
-    def __repr__(self) -> str:
-        if self.weights == "bf16":
-            return "Quantize('bf16')"
-        names = [f"int{bits}" for bits in self.widths]
-        activations = "" if self.activation_bits is None else f", activations='int{self.activation_bits}'"
-        fastest = ", keep_fastest=True" if self.keep_fastest else ""
-        return f"Quantize({names if self.allocates() else names[0]!r}{activations}, scheme={self.scheme!r}{fastest})"
+    def _shown(self) -> dict[str, Any]:
+        names = ("weights", "activations", "scheme", "observer", "keep_fastest", "data_aware", "reconstruct")
+        return {name: getattr(self, name) for name in (*names, "where", "but_not")}
 
     def allocates(self) -> bool:
         """Whether the bits of each layer come from the budget."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
+import types
 import weakref
 from collections.abc import Iterable, MutableMapping
 from typing import Any, TypeVar
@@ -21,6 +23,8 @@ from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.planning import Budget, Candidate, Clock
 
 Item = TypeVar("Item")
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +171,19 @@ class Step(abc.ABC):
     same decisions are carried out on a copy of the model itself, so plan and result cannot drift apart.
     """
 
+    def _shown(self) -> dict[str, Any]:
+        """Return the constructor's arguments that ``repr`` shows, by name; keywords at their defaults are left out."""
+        return {}
+
+    def __repr__(self) -> str:
+        parameters = inspect.signature(type(self)).parameters
+        own = (
+            f"{name}={_text(value)}"
+            for name, value in self._shown().items()
+            if name not in parameters or value != parameters[name].default or parameters[name].kind is not _KEYWORD
+        )
+        return f"{type(self).__name__}({', '.join(own)})"
+
     @abc.abstractmethod
     def decide(self, state: State) -> list[Decision]:
         """Return a decision for every layer that this step is about.
@@ -203,3 +220,10 @@ class Step(abc.ABC):
     def allocates(self) -> bool:
         """Whether this step chooses what it does by the budget."""
         return False
+
+
+def _text(value: object) -> str:
+    """Return what ``repr`` says of a value, and of classes and functions their names."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_text, value))}]"
+    return value.__name__ if isinstance(value, (type, types.FunctionType)) else repr(value)

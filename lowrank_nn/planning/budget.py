@@ -19,7 +19,7 @@ Quantity = Literal["params", "macs", "bytes", "latency"]
 _SHARES: tuple[Quantity, ...] = get_args(Quantity)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Budget:
     """What may remain at the end of a recipe, as shares of the dense model; several at once must all hold.
 
@@ -61,6 +61,11 @@ class Budget:
                     f"{share!r}."
                 )
         self._check_search()
+
+    def __repr__(self) -> str:
+        """Show what is limited."""
+        given = (field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default)
+        return f"Budget({', '.join(f'{name}={getattr(self, name)!r}' for name in given)})"
 
     def _check_search(self) -> None:
         if (self.accuracy_drop is None) != (self.evaluate is None):

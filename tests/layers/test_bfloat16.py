@@ -177,7 +177,7 @@ def test_other_options_go_with_integers():
     for name, value in others.items():
         with pytest.raises(lnn.OptionError, match="'bf16' takes no option but where and but_not"):
             lnn.Quantize("bf16", **{name: value})
-    assert repr(lnn.Quantize("bf16")) == "Quantize('bf16')"
+    assert repr(lnn.Quantize("bf16")) == "Quantize(weights='bf16')"
 
 
 @pytest.mark.cuda

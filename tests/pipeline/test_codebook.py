@@ -50,7 +50,7 @@ def test_fisher_information_weighs_the_squares(net):
     fisher = diagonal_fisher(net, BATCHES, loss, paths=["fc"])["fc"]
     expected = kmeans_1d(net.fc.weight, 4, weights=fisher)
     torch.testing.assert_close(run(net, step).model.fc.codebook, expected, rtol=0, atol=0)
-    assert "weighted" in repr(step)
+    assert repr(step) == "Codebook(bits=2, where='fc', loss=loss)"
 
 
 def test_fisher_information_of_pruned_layers_is_that_of_what_is_left(net):

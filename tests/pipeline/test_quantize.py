@@ -140,7 +140,7 @@ def test_the_timing_itself(net, monkeypatch):
 def test_it_needs_activations():
     with pytest.raises(lnn.OptionError, match="keep_fastest=True has no effect without activations"):
         lnn.Quantize("int8", keep_fastest=True)
-    assert repr(STEP) == "Quantize('int8', activations='int8', scheme='symmetric', keep_fastest=True)"
+    assert repr(STEP) == "Quantize(weights='int8', activations='int8', keep_fastest=True)"
 
 
 def test_the_report_says_where_kernels_are_missing(net, monkeypatch):

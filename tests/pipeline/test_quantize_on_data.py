@@ -122,7 +122,7 @@ def test_bits_of_factors_and_after_low_rank_fit_the_whole_budget(net):
 
 def test_what_cannot_be_shared_out_is_refused(net):
     step = lnn.Quantize(["int4", "int8"])
-    assert repr(step) == "Quantize(['int4', 'int8'], scheme='symmetric')"
+    assert repr(step) == "Quantize(weights=['int4', 'int8'])"
     with pytest.raises(lnn.PlanError, match=r"shared out under a budget of bytes\. Pass budget=Budget\(bytes"):
         lnn.plan(net, TEST[:1], step)
     with pytest.raises(lnn.BudgetError, match=r"bytes=0\.05 cannot be met with 4 to 8 bits \(least possible 0\.[12]"):

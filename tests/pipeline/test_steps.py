@@ -324,10 +324,18 @@ def test_recipes_by_name(net):
 
 
 def test_steps_show_their_options():
-    assert repr(lnn.Apply(lnn.SVDLinear, where="fc", rank=3)) == "Apply(SVDLinear, where='fc', but_not=(), rank=3)"
-    assert repr(lnn.Prune(0.5)) == "Prune(0.5, granularity='element', criterion='l1')"
-    assert "VBMF" in repr(lnn.LowRank(rank=lnn.VBMF()))
-    assert repr(lnn.Quantize(activations="int4")) == "Quantize('int8', activations='int4', scheme='symmetric')"
+    assert repr(lnn.Apply(lnn.SVDLinear, where="fc", rank=3)) == "Apply(layer_class=SVDLinear, where='fc', rank=3)"
+    assert repr(lnn.Prune(0.5, but_not="fc")) == "Prune(amount=0.5, but_not='fc')"
+    filters = lnn.Prune(0.5, granularity="filter", round_to=16)
+    assert repr(filters) == "Prune(amount=0.5, granularity='filter', scope='layer', round_to=16, min_keep=0.1)"
+    assert repr(lnn.LowRank()) == "LowRank()"
+    assert repr(lnn.LowRank(rank=lnn.VBMF(), where=["a", "b"])) == "LowRank(where=['a', 'b'], rank=VBMF(weaken=1.0))"
+    assert repr(lnn.LowRank(formats=[lnn.SVDLinear], at_most={"fc": 0.2})) == (
+        "LowRank(formats=[SVDLinear], at_most={'fc': 0.2})"
+    )
+    assert repr(lnn.Quantize(activations="int4")) == "Quantize(weights='int8', activations='int4')"
+    assert repr(lnn.FineTune([0], 2, lr=1e-3)) == "FineTune(epochs=2, lr=0.001)"
+    assert repr(lnn.deep_compression()) == "[Prune(amount=0.9), Codebook(bits=5, conv_bits=8)]"
 
 
 class Curious(SmallNet):

@@ -19,6 +19,7 @@ def test_only_given_shares_are_limits_in_a_fixed_order():
 
 def test_all_of_the_dense_model_may_remain():
     assert Budget(macs=1).shares() == {"macs": 1}
+    assert repr(Budget(macs=0.5, latency=0.8)) == "Budget(macs=0.5, latency=0.8)"
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.0001, float("nan"), float("inf"), 30])
