@@ -98,22 +98,31 @@ def read_calibration(calibration: Any, example_inputs: Any) -> Any:
 
 
 class _Calibration:
-    """Batches as what the model is called with, labels left out."""
+    """Batches as what the model is called with, labels left out.
+
+    Random generators of a loader are put back after each pass, so that the next one sees the same order.
+    """
 
     def __init__(self, batches: Any, example_inputs: Any) -> None:
         self._batches, self._example_inputs = batches, example_inputs
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._batches:
-            if isinstance(batch, Mapping):
-                yield ModelInputs(_mapping_inputs(batch, self._example_inputs)[0])
-            elif isinstance(self._example_inputs, Mapping):  # which has no order: that of the forward counts
-                yield batch
-            else:
-                yield ModelInputs(_leading(batch, self._example_inputs)[0])
+        states = [(generator, generator.get_state()) for generator in loader_generators(self._batches)]
+        try:
+            yield from map(self._read, self._batches)
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    def _read(self, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            return ModelInputs(_mapping_inputs(batch, self._example_inputs)[0])
+        if isinstance(self._example_inputs, Mapping):  # which has no order: that of the forward counts
+            return batch
+        return ModelInputs(_leading(batch, self._example_inputs)[0])
 
 
 def _target(value: Any = None) -> Tensor | None:

@@ -143,6 +143,16 @@ def test_the_table_of_the_guide(model, example_inputs, args, kwargs, batches):
             assert str(call_model(Catch(), inputs)) == str((args, kwargs))
 
 
+def test_generators_of_a_calibration_loader_are_put_back():
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    read = read_calibration(DataLoader(TensorDataset(X, Y), shuffle=True, generator=generator), X)
+    first, _ = [batch.inputs[0] for batch in read], next(iter(read))
+    assert torch.equal(generator.get_state(), before)
+    assert all(map(torch.equal, first, [batch.inputs[0] for batch in read]))
+    assert not torch.cat(first).equal(X)
+
+
 def test_calibration_that_is_no_iterable():
     with pytest.raises(CalibrationError, match=r"iterable of what the model is called with, got int.*a DataLoader"):
         read_calibration(8, X)
