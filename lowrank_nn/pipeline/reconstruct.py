@@ -250,9 +250,11 @@ def _refit(
     def gain() -> float:
         return left.gain(new.weight.double().reshape(weight.shape) - weight, curvature)
 
+    rounded = best.reshape(new.weight.shape).to(new.weight.dtype)
+    if not rounded.isfinite().all():  # of inputs that have all but vanished
+        return
     tensors = [*new.parameters(), *new.buffers()]
     kept, before = [tensor.clone() for tensor in tensors], gain()
-    rounded = best.reshape(new.weight.shape).to(new.weight.dtype)
     if isinstance(new, LowRankLayer):
         new.refit_(rounded, metric)
     elif isinstance(new, QuantLayer):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import lowrank_nn as lnn
 from lowrank_nn.errors import CalibrationError
 from lowrank_nn.graph import Link, find_links, replace_module
 from lowrank_nn.layers import SVDConv2d, SVDLinear, TuckerConv2d
@@ -173,6 +174,18 @@ def test_values_that_are_not_finite():
     notes = reconstruct(dense, small, [x], ["1"], links=find_links(dense, x))
     assert notes == {"1": "not refitted: NaN or infinite values reach it"}
     assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items())
+
+
+def test_activations_that_all_but_vanish():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(*widths, bias=False) for widths in ((12, 16), (16, 16), (16, 16), (16, 8))))
+    with torch.no_grad():
+        model[0].weight *= 1e-20
+        model[1].weight *= 1e-22
+    batches = list(torch.randn(6, 20, 12))
+    budget = lnn.Budget(params=0.6)
+    small = lnn.compress_model(model, batches[0], budget=budget, calibration=batches, progress=False).model
+    assert all(tensor.isfinite().all() for tensor in small.state_dict().values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
