@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lowrank_nn.cost import Cost
 from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import LowRankError
-from lowrank_nn.graph import Site
+from lowrank_nn.graph import Site, site_cost
+from lowrank_nn.graph.derive import meta_copy
 from lowrank_nn.layers import CompressedLayer, LowRankLayer, Positions, RankProblem, read_layer
 from lowrank_nn.layers._rank_problem import IntArray, aligned
 from lowrank_nn.planning.budget import Budget
@@ -111,7 +112,11 @@ def low_rank_candidates(
                 notes.append(error.message)
     note = "" if found else (notes[0] if notes else "no format at any rank is smaller")
     kept = undominated(found, Budget(params=1, macs=1)) if multiple == 1 else found
-    return SiteCandidates(site.path, [dense_candidate(site, layer), *kept], note, judge.scale)
+    dense = dense_candidate(site, layer)
+    if site.weight_reads and kept:
+        kept = [c for c in (_with_reads(c, site) for c in kept) if c.cost.macs <= dense.cost.macs]
+        note = "" if kept else "the model's own code reads its weight, and multiplying factors for it takes more MACs"
+    return SiteCandidates(site.path, [dense, *kept], note, judge.scale)
 
 
 def dense_candidate(site: Site, layer: nn.Module) -> Candidate:
@@ -119,6 +124,14 @@ def dense_candidate(site: Site, layer: nn.Module) -> Candidate:
     assert isinstance(layer.weight, Tensor)
     macs = sum(call_macs(p, layer) for p in site_positions(site))
     return Candidate(None, {}, 0.0, kernel_cost(layer.weight, layer.weight.numel(), macs))
+
+
+def _with_reads(candidate: Candidate, site: Site) -> Candidate:
+    """Return a candidate with the MACs of its calls and of the reads of its weight."""
+    assert candidate.layer_class is not None
+    new = candidate.layer_class.from_pretrained_layer(meta_copy(site.layer), **candidate.options)
+    macs = site_cost(dataclasses.replace(site, layer=new)).macs
+    return dataclasses.replace(candidate, cost=dataclasses.replace(candidate.cost, macs=macs))
 
 
 def rank_costs(

@@ -67,6 +67,22 @@ def test_what_reading_a_weight_takes_is_counted_as_it_runs():
     assert read["fc"] - read["unread"] == 2 * 24 * 16
 
 
+def test_the_planner_counts_reads():
+    model = seeded(Beside).eval()
+    step, budget = lnn.LowRank(formats=[lnn.SVDLinear, lnn.SVDConv2d]), lnn.Budget(params=0.7)
+    for inputs in (X, X[:8]):
+        result = lnn.compress_model(model, inputs, step, budget=budget)
+        rows = {row.path: row for row in result.report.rows}
+        assert all(row.after.macs <= row.before.macs for row in rows.values())
+        (dense, *others) = next(found for found in result.plan.choices if found.path == "fc").candidates
+        assert others
+        for candidate in others:
+            rank = candidate.options["rank"]
+            assert candidate.cost.macs == len(inputs) * rank * 40 + 2 * rank * 24 * 16 <= dense.cost.macs
+    few = lnn.plan(model, X[:2], step, budget=budget).left
+    assert any("fc" in paths and "reads its weight" in reason for reason, paths in few.items())
+
+
 def test_a_layer_stays_whose_factors_would_be_multiplied_at_every_read():
     model = seeded(Beside).eval()
     left = lnn.plan(model, X[:8], lnn.Apply(lnn.SVDLinear, rank=4)).left
