@@ -87,8 +87,8 @@ def compress_model(
     """Compress a trained network: plan the recipe, carry it out on a copy, and account for the result.
 
     The given model is never changed, also not by an error or an interrupt half-way; nor are the global random state
-    and the warnings filters. An ``autocast`` around the call does not count: all is computed in the model's own
-    precision (``FineTune`` takes one for training).
+    and the warnings filters. An ``autocast`` around the call does not count, nor does another default dtype or device:
+    all is computed in the model's own precision (``FineTune`` takes an ``autocast`` for training).
 
     Args:
         model: The trained model: any ``nn.Module`` that runs.
