@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,13 +65,35 @@ def from_inputs(
             "compress_model(..., calibration=batches)."
         )
     layers = {path: layer for group in groups for path, layer, _ in _readers(model, group) if _is_plain(layer)}
-    sums: dict[str, Tensor] = {}
+    signal = (lambda x: x != 0) if criterion == "apoz" else torch.abs
+    of_channels = _channel_means(model, layers, signal, calibration, progress)
+
+    def score(group: ChannelGroup) -> Tensor | None:
+        means = [
+            of_channels[path][torch.tensor(member.positions, device=of_channels[path].device)].mean(1)
+            for path, _, member in _readers(model, group)
+            if path in of_channels
+        ]
+        return mean_of(means if criterion == "apoz" else [relative(mean) for mean in means])
+
+    return score
+
+
+def _channel_means(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    signal: Callable[[Tensor], Tensor],
+    calibration: Iterable[Any],
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Return the mean of ``signal`` of each input channel of the layers, by path; of those that are called."""
+    totals: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
 
     def add(path: str, channels: int, x: Tensor) -> None:
-        values = (x != 0).double() if criterion == "apoz" else x.abs().double()
-        total = values.movedim(channels, -1).flatten(0, -2).sum(0)
-        count = torch.full((1,), values.numel() / max(1, len(total)), device=x.device, dtype=torch.float64)
-        sums[path] = sums.get(path, 0) + torch.cat([total, count])
+        samples = signal(x).double().movedim(channels, -1).flatten(0, -2)
+        totals[path] = totals.get(path, 0) + samples.sum(0)
+        counts[path] = counts.get(path, 0) + len(samples)
 
     with evaluating(model):
         for path, layer in layers.items():
@@ -79,16 +101,7 @@ def from_inputs(
             watch(layer, path, before=functools.partial(add, path, channels))
         for _ in run_batches(model, calibration, max_batches=None, progress=progress):
             pass
-
-    def score(group: ChannelGroup) -> Tensor | None:
-        means = []
-        for path, _, member in _readers(model, group):
-            if path in sums:
-                channel_means = sums[path][:-1] / sums[path][-1]
-                means.append(channel_means[torch.tensor(member.positions, device=channel_means.device)].mean(1))
-        return mean_of(means if criterion == "apoz" else [relative(mean) for mean in means])
-
-    return score
+    return {path: total / counts[path] for path, total in totals.items()}
 
 
 def from_loss(
