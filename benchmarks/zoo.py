@@ -1,7 +1,7 @@
-"""Which published architectures the library can compress: all of torchvision's, and one of each family of timm.
+"""Which published architectures the library can compress: of torchvision all, of timm and transformers one a family.
 
 python benchmarks/zoo.py --jobs 2 > table.md
-python benchmarks/zoo.py resnet18 timm/convnext_atto
+python benchmarks/zoo.py resnet18 timm/convnext_atto transformers/llama
 
 Random weights, small images. Every model goes through each part in a process of its own:
 
@@ -10,8 +10,8 @@ to agree to 1e-4 of the largest (and how many layers are replaced, of how many t
 filters: ``Prune(0.3, granularity="filter")`` removes 30 % of the filters for good, each group proven against masking;
 the parameters have to fall by more than 20 %, and the model to run.
 
-Detection models are run whole, from a list of images to boxes. Needs torchvision and timm; where torchvision cannot be
-imported as it is, ``--before MODULE`` imports another module first.
+Detection models are run whole, from a list of images to boxes. Needs torchvision, timm and transformers for models of
+these; where torchvision cannot be imported as it is, ``--before MODULE`` imports another module first.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def in_a_process(name: str, part: str, arguments: argparse.Namespace) -> dict[st
 
 def line(row: dict[str, Any]) -> str:
     """Return one row of the table."""
-    cells = [row["name"], f"{row.get('params', 0) / 1e6:.1f} M"]
+    cells = [row["name"], f"{row.get('params', 0) / 1e6:.3g} M"]
     for part in PARTS:
         passed, text, seconds = row[part]
         cells += [("yes: " if passed else "NO: ") + text.replace("|", "/")[:160], f"{seconds:.0f}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import zoo_transformers
 from torch import Tensor, nn
 from zoo_detection import detector
 
@@ -21,11 +22,15 @@ SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit": 64, "vit_h_14": 56, "alexne
 
 
 def names() -> list[str]:
-    """Return all names, those of timm behind ``timm/``."""
+    """Return all names, those of timm and transformers behind the library's."""
     from torchvision import models
 
     modules = (models, models.segmentation, models.detection)
-    return [n for m in modules for n in models.list_models(module=m)] + [f"timm/{name}" for name in TIMM.split()]
+    return [
+        *(name for module in modules for name in models.list_models(module=module)),
+        *(f"timm/{name}" for name in TIMM.split()),
+        *(f"transformers/{name}" for name in zoo_transformers.names()),
+    ]
 
 
 def build(name: str) -> tuple[nn.Module, Any]:
@@ -42,6 +47,8 @@ def initialised(name: str) -> tuple[nn.Module, Any]:
     """Return a model with the weights that its library draws, and what it is called with."""
     if name.startswith("timm/"):
         return timm_model(name.removeprefix("timm/"))
+    if name.startswith("transformers/"):
+        return zoo_transformers.transformers_model(name.removeprefix("transformers/"))
     from torchvision import models
 
     if name in models.list_models(module=models.detection):
