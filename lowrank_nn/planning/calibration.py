@@ -120,18 +120,21 @@ def run_batches(model: nn.Module, batches: Iterable[Any], *, max_batches: int | 
         progress: Whether to show a progress bar (never when the output is not a terminal).
 
     Raises:
-        CalibrationError: There are no batches, or the forward failed on one.
+        CalibrationError: There are no batches, there is nothing in them, or the forward failed on one.
     """
     if isinstance(batches, (Tensor, Mapping)):
         batches = [batches]
     shown = tqdm(batches, desc="calibration", disable=None if progress else True, leave=False)
-    count = 0
+    count, empty = 0, True
     for count, batch in enumerate(itertools.islice(shown, max_batches), 1):
         inputs = model_inputs(model, batch)
         _run(model, inputs, count)
+        empty = empty and {tensor.numel() for tensor in tensors(inputs)} == {0}
         yield inputs
     if count == 0:
         raise CalibrationError("calibration: there are no batches. Pass an iterable with at least one.")
+    if empty:
+        raise CalibrationError(f"calibration: nothing is in the tensors of {count} batches. Pass inputs.")
 
 
 def _required_arguments(model: nn.Module) -> int:
