@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FileFormatError, OSError) as error:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
         return 1
-    sys.stdout.write((json.dumps(summary.to_dict(), indent=1) if options.json else str(summary)) + "\n")
+    text = json.dumps(summary.to_dict(), indent=1) if options.json else str(summary)
+    encoding = sys.stdout.encoding or "utf-8"  # of which a terminal or a pipe may have few characters
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     return 0
 
 

@@ -162,6 +162,7 @@ def _options(layer: LayerEntry) -> str:
 
 def _table(rows: list[tuple[str, ...]], numbers: int = 0) -> list[str]:
     """Return the rows as lines, ruled off below the head and above a total; the first and widest columns give way."""
+    rows = [tuple(map(_in_a_line, row)) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
         widths[widths.index(max(widths))] -= 1
@@ -178,9 +179,15 @@ def _table(rows: list[tuple[str, ...]], numbers: int = 0) -> list[str]:
 
 
 def _shortened(text: str, width: int = WIDTH) -> str:
-    """Return the text with its middle left out where it is wider than ``width``; without line breaks."""
-    text = " ".join(text.split())
+    """Return the text in a line, its middle left out where it is wider than ``width``."""
+    text = _in_a_line(text)
     if len(text) <= width:
         return text
     tail = max((width - 3) * 2 // 3, 0)  # the ends of paths tell more than their beginnings
     return text[: max(width - 3 - tail, 0)] + "..."[:width] + text[len(text) - tail :]
+
+
+def _in_a_line(text: str) -> str:
+    """Return the text without line breaks, and with other control characters escaped: names may hold anything."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

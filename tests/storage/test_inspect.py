@@ -1,9 +1,11 @@
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import lowrank_nn as lnn
@@ -115,6 +117,18 @@ def test_damaged_files(path, tmp_path):
     (tmp_path / "a.lrnn").write_bytes(data[:-1])
     with pytest.raises(FileFormatError, match=r"inspect: .*truncated"):
         inspect(tmp_path / "a.lrnn")
+
+
+def test_names_that_a_terminal_cannot_show(tmp_path, monkeypatch):
+    model = nn.ModuleDict({"\u00e4\x1b[31m": nn.Linear(3, 2)})
+    model.register_buffer("\ud800", torch.ones(3))
+    save(model, tmp_path / "odd.lrnn")
+    assert str(inspect(tmp_path / "odd.lrnn")).isascii() is False
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    assert main(["inspect", str(tmp_path / "odd.lrnn")]) == 0
+    sys.stdout.flush()
+    assert all(name in printed.getvalue() for name in (rb"\xe4\x1b[31m.weight", rb"\ud800"))
 
 
 def test_the_command_line(path, tmp_path, capsys):
