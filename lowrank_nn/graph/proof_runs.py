@@ -63,7 +63,7 @@ class Trial:
             raise PlanError(
                 f"{type(model).__name__}: the forward returns no finite numbers on example_inputs, so nothing can be "
                 "proven of smaller models. Pass inputs with a batch of at least one, on which it gives numbers: "
-                "tensors, in containers or objects, but not in a generator."
+                "tensors, in containers or objects."
             )
 
     def _evaluate(self, take: Take) -> None:
