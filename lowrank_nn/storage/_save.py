@@ -12,12 +12,13 @@ from lowrank_nn.errors import OptionError
 from lowrank_nn.layers import Packing
 from lowrank_nn.storage._bits import Bytes
 from lowrank_nn.storage._choose import choose_encoding
+from lowrank_nn.storage._collect import describe_layers, packings, state_tensors
 from lowrank_nn.storage._container import RESERVED, digest, make_file, write_file
 from lowrank_nn.storage._encoding import DTYPES, Encoding, unstorable
 from lowrank_nn.storage._folds import identity_paths
 from lowrank_nn.storage._payload import encode
 from lowrank_nn.storage._resized import describe_resized
-from lowrank_nn.storage._structure import StoredTensor, Structure, describe_layers, packings, state_tensors
+from lowrank_nn.storage._structure import StoredTensor, Structure
 
 Coding = Literal["auto", "max", "huffman", "none"]
 LISTED_BYTES = 1 << 14  # an entry of its own takes about 100 bytes of header: one half to one per cent at most

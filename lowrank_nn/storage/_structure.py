@@ -1,22 +1,18 @@
-"""What a file says about a model: its compressed layers, its shared tensors and how each tensor is stored."""
+"""What a file says about a model: its compressed layers, shared tensors and how each is stored, as JSON and back."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from lowrank_nn.errors import FileFormatError, OptionError
-from lowrank_nn.layers import LAYERS, CompressedLayer, Packing
+from lowrank_nn.errors import FileFormatError
 from lowrank_nn.storage._coders import CODERS
 from lowrank_nn.storage._container import Entry, entry_bytes, is_shape
-from lowrank_nn.storage._encoding import DTYPES, Encoding, is_integer, number_dtype, unstorable
+from lowrank_nn.storage._encoding import DTYPES, Encoding, is_integer, number_dtype
 from lowrank_nn.storage._resized import Attributes, read_attributes
 
 _FIELDS = frozenset({"dtype", "shape", "bytes", "bits", "offset", "bitmap", "mask", "gaps", "coder", "checksum"})
@@ -112,77 +108,6 @@ class Structure:
         }
 
 
-def describe_layers(model: nn.Module) -> tuple[LayerEntry, ...]:
-    """List the compressed layers of ``model``, parents first.
-
-    Raises:
-        OptionError: A layer is not registered, its config is not JSON or not that of its tensors, or a module is
-            parametrized.
-    """
-    paths: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        modules[id(module)] = module
-        paths.setdefault(id(module), []).append(path)
-    entries, problems = [], []
-    for key, module in modules.items():
-        path, *aliases = paths[key]
-        if parametrize.is_parametrized(module):
-            problems.append(
-                f"{path!r} has parametrized tensors. Call torch.nn.utils.parametrize.remove_parametrizations first."
-            )
-        elif isinstance(module, CompressedLayer):
-            problem = _unwritable(module)
-            if problem is None:
-                entries.append(LayerEntry(path, type(module).__name__, module.config(), tuple(aliases)))
-            else:
-                problems.append(f"{path!r} {problem}")
-    if problems:
-        raise OptionError("save: the model cannot be written:\n" + "\n".join(f"  - {p}" for p in problems))
-    return tuple(entries)
-
-
-def state_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of the state dict, each once, and for every further key of one the first key.
-
-    Raises:
-        OptionError: The state holds something that a file cannot.
-    """
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    first: dict[Any, str] = {}
-    problems = []
-    for key, value in model.state_dict(keep_vars=True).items():
-        problem = unstorable(value) if isinstance(value, Tensor) else f"is a {type(value).__name__}, not a tensor."
-        if key.endswith("_extra_state"):
-            problem = "is extra state of a module, which a file cannot hold. Make it a buffer."
-        if problem is not None:
-            problems.append(f"{key!r} {problem}")
-            continue
-        earlier = first.setdefault(_identity(value), key)
-        if earlier == key:
-            tensors[key] = value
-        else:
-            tied[key] = earlier
-    if problems:
-        raise OptionError("save: the model cannot be written:\n" + "\n".join(f"  - {p}" for p in problems))
-    return tensors, tied
-
-
-def packings(model: nn.Module) -> dict[str, Packing]:
-    """Return what the compressed layers of ``model`` say about their tensors, by key; masks are named by their keys."""
-    found: dict[str, Packing] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, CompressedLayer):
-            prefix = f"{path}." if path else ""
-            for name, packing in module.packing().items():
-                mask = None if packing.mask is None else prefix + packing.mask
-                found[prefix + name] = Packing(packing.bits, mask)
-                if mask is not None:
-                    found.setdefault(mask, Packing(bits=1))
-    return found
-
-
 def read_structure(value: Any, stored_as: Mapping[str, Entry]) -> Structure:
     """Read back :meth:`Structure.to_json`.
 
@@ -209,49 +134,6 @@ def read_structure(value: Any, stored_as: Mapping[str, Entry]) -> Structure:
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"the structure in the header is malformed ({error}).") from error
     return Structure(layers, tied, read, identities, resized)
-
-
-def _unwritable(layer: CompressedLayer) -> str | None:
-    name = type(layer).__name__
-    if LAYERS.get(name) is not type(layer):
-        return f"is a {name}, which is not registered. Decorate the class with lowrank_nn.layers.register_layer."
-    try:
-        json.dumps(layer.config(), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        return f"({name}) has a config that is not JSON ({error}). config() must return plain numbers and strings."
-    return _unlike_its_class(layer)
-
-
-def _unlike_its_class(layer: CompressedLayer) -> str | None:
-    """Return in what the layer differs from one of its class and config, which is what ``load`` builds."""
-    name = type(layer).__name__
-    if any(parametrize.is_parametrized(module) for module in layer.modules()):
-        return None  # which is listed
-    try:
-        with torch.random.fork_rng(devices=[]):
-            twin = type(layer).empty(device="meta", dtype=None, **layer.config())
-    except Exception as error:
-        # A constructor may raise anything on a config that it was not written for.
-        return f"({name}) cannot be built from its config(): {error}"
-    inside = tuple(f"{path}." for path, m in layer.named_modules() if path and isinstance(m, CompressedLayer))
-    held, built = (
-        {key: tuple(t.shape) for key, t in m.state_dict().items() if not key.startswith(inside)} for m in (layer, twin)
-    )
-    differing = sorted(key for key in held.keys() | built.keys() if held.get(key) != built.get(key))
-    if not differing:
-        return None
-    return (
-        f"({name}) was changed: {', '.join(differing)} are not those that its class makes from its config, so it could "
-        "not be loaded. Undo hooks that compute weights (torch.nn.utils.prune.remove, remove_weight_norm); derive a "
-        "class for other changes."
-    )
-
-
-def _identity(tensor: Tensor) -> Any:
-    if tensor.numel() == 0:
-        return id(tensor)
-    place = (tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride())
-    return (*place, tensor.is_conj(), tensor.is_neg())  # which are bits of a view, not of what is in memory
 
 
 def _typed(value: Any, kind: type) -> Any:
@@ -281,32 +163,42 @@ def _check_mask(encoding: Encoding, tensors: Mapping[str, StoredTensor]) -> None
 
 
 def _read_tensor(entry: Any, stored_as: Entry | None) -> StoredTensor:
+    """Read what is said of one tensor: its checksum, where the header has all else, or how it is encoded."""
     if isinstance(entry, str):
         if stored_as is None:
             raise ValueError("a tensor has a checksum and no entry")
         return _counted(Encoding(*stored_as, 0), entry_bytes(*stored_as), entry)
-    _refuse_unknown(_typed(entry, dict))
-    dtype, shape, bits = _typed(entry["dtype"], str), entry["shape"], None
-    if dtype not in DTYPES or not is_shape(shape):
-        raise ValueError(f"dtype {dtype!r}, shape {shape!r}"[:200])
-    if "bits" in entry:
-        bits = (_typed(entry["bits"], int), _typed(entry["offset"], int))
-        if not 0 <= bits[0] <= 8 * DTYPES[dtype].itemsize or not (is_integer(DTYPES[dtype]) or "coder" in entry):
-            raise ValueError(f"{bits[0]} bits for {dtype}")
-        limits = np.iinfo(number_dtype(DTYPES[dtype]))
-        if not limits.min <= bits[1] <= limits.max:
-            raise ValueError(f"offset {bits[1]} for {dtype}"[:200])
-    bitmap = _typed(entry.get("bitmap", False), bool)
-    mask, gaps, coder = (entry.get(name) for name in ("mask", "gaps", "coder"))
-    encoding = Encoding(dtype, tuple(shape), 0, bits, bitmap, mask, gaps, coder)
-    if bitmap + (mask is not None) + (gaps is not None) > 1 or (bits is None and coder is not None):
-        raise ValueError("a tensor has too many encodings")
+    encoding = _read_encoding(_typed(entry, dict))
     if stored_as is not None:
         return _counted(encoding, entry_bytes(*stored_as), _typed(entry["checksum"], str))
     nbytes = _typed(entry["bytes"], int)
     if nbytes < 0:
         raise ValueError(f"{nbytes} bytes")
     return _counted(encoding, nbytes, None)
+
+
+def _read_encoding(entry: dict[str, Any]) -> Encoding:
+    _refuse_unknown(entry)
+    dtype, shape = _typed(entry["dtype"], str), entry["shape"]
+    if dtype not in DTYPES or not is_shape(shape):
+        raise ValueError(f"dtype {dtype!r}, shape {shape!r}"[:200])
+    bits = _read_bits(entry, DTYPES[dtype]) if "bits" in entry else None
+    bitmap = _typed(entry.get("bitmap", False), bool)
+    mask, gaps, coder = (entry.get(name) for name in ("mask", "gaps", "coder"))
+    if bitmap + (mask is not None) + (gaps is not None) > 1 or (bits is None and coder is not None):
+        raise ValueError("a tensor has too many encodings")
+    return Encoding(dtype, tuple(shape), 0, bits, bitmap, mask, gaps, coder)
+
+
+def _read_bits(entry: dict[str, Any], dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bits of each number and what is added to it; floats have them only where they are coded."""
+    bits, offset = _typed(entry["bits"], int), _typed(entry["offset"], int)
+    if not 0 <= bits <= 8 * dtype.itemsize or not (is_integer(dtype) or "coder" in entry):
+        raise ValueError(f"{bits} bits for {dtype}")
+    limits = np.iinfo(number_dtype(dtype))
+    if not limits.min <= offset <= limits.max:
+        raise ValueError(f"offset {offset} for {dtype}"[:200])
+    return bits, offset
 
 
 def _counted(encoding: Encoding, nbytes: int, checksum: str | None) -> StoredTensor:
