@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lowrank_nn.graph.inputs import call_model, tensors
+from tests.zoo.language import RootMeanSquareNorm
 from tests.zoo.nfnet import StandardisedConv2d
 
 HEADS = {"num_heads", "n_heads", "heads", "kv_heads"}
@@ -57,6 +58,8 @@ def zeroed(model, removals):
             owner.forward = functools.partial(_normalised_without, owner, positions)
         if isinstance(owner, nn.GroupNorm) and owner.num_groups == 1:
             owner.forward = functools.partial(_normalised_without, owner, positions)
+        if isinstance(owner, RootMeanSquareNorm):
+            owner.forward = functools.partial(_scaled_without, owner, positions)
         if isinstance(owner, StandardisedConv2d) and dim == 1:
             owner.standardised = functools.partial(_standardised_without, owner, positions)
     return model
@@ -73,6 +76,13 @@ def _normalised_without(norm, gone, x):
     mean = (x * there).sum(dims, keepdim=True) / count
     variance = ((x - mean).square() * there).sum(dims, keepdim=True) / count
     return ((x - mean) / (variance + norm.eps).sqrt() * weight + bias) * there
+
+
+def _scaled_without(norm, gone, x):
+    """Division by the root mean square, by its formula, over the channels that are left."""
+    there = torch.tensor([float(i not in gone) for i in range(len(norm.weight))], dtype=x.dtype)
+    square = (x.square() * there).sum(-1, keepdim=True) / there.sum()
+    return x / (square + 1e-6).sqrt() * norm.weight * there
 
 
 def _standardised_without(conv, gone):

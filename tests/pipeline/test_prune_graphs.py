@@ -184,3 +184,21 @@ def test_heads_of_grouped_queries():
     assert (small.num_heads, small.num_kv_heads, small.inner_dim) == (2, 1, 6)
     assert [layer.out_features for layer in (small.query, small.key, small.value)] == [6, 3, 3]
     assert small(x).shape == x.shape
+
+
+def test_a_language_model_loses_width_heads_and_neurons(tmp_path):
+    model, tokens = ZOO["language"]()
+    result = half(model, tokens)
+    block = result.model.blocks[1]
+    assert result.model.embed.embedding_dim == result.model.norm.weight.numel() == block.gate.in_features == 16
+    assert (block.attention.query.out_features, block.attention.key.out_features) == (16, 8)
+    assert block.gate.out_features == block.down.in_features == 32
+    lnn.save(result.model, tmp_path / "net.lrnn")
+    loaded = lnn.load(tmp_path / "net.lrnn", ZOO["language"]()[0])
+    assert torch.equal(loaded(tokens).logits, result.model(tokens).logits)
+
+
+def test_what_is_returned_beside_the_logits_stays():
+    model, tokens = ZOO["language"]()
+    attention = half(model, (tokens, True)).model.blocks[1].attention
+    assert attention.query.out_features == 32

@@ -10,6 +10,7 @@ from tests.zoo._seeded import Entry, seeded
 from tests.zoo.alexnet import AlexNet
 from tests.zoo.control_flow import EarlyExit
 from tests.zoo.inception import InceptionNet
+from tests.zoo.language import LanguageModel
 from tests.zoo.lenet import LeNet5
 from tests.zoo.mobilenet import MobileNetV2
 from tests.zoo.recurrent import CRNN
@@ -29,6 +30,7 @@ ZOO: dict[str, Callable[[], Entry]] = {
     "mobilenet_v2": seeded(lambda: (MobileNetV2(), torch.randn(2, 3, 32, 32))),
     "vit": seeded(lambda: (ViT(), torch.randn(2, 3, 32, 32))),
     "transformer": seeded(lambda: (TransformerClassifier(), torch.randint(1, 50, (2, 12)))),
+    "language": seeded(lambda: (LanguageModel(), torch.randint(0, 50, (2, 12)))),
     "unet": seeded(lambda: (UNet(), torch.randn(2, 3, 16, 16))),
     "crnn": seeded(lambda: (CRNN(), torch.randn(2, 1, 16, 24))),
     "tied": seeded(lambda: (TiedNet(), (torch.randint(0, 40, (2, 9)),))),
