@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_nn.decompose import Metric
+from lowrank_nn.errors import CalibrationError
 from lowrank_nn.layers._observers import value_range
 from lowrank_nn.planning.patches import PatchSampler
 
 COVARIANCE_RIDGE = 1e-5
 CURVATURE_RIDGE = 1e-4
+
+LARGEST = 1e15  # products are summed in float32, in float64 where the network computes in it
+LARGEST_WIDE = 1e140
 
 
 class RunningCovariance:
@@ -117,12 +121,17 @@ class LayerMoments:
         """Take one call into account.
 
         Raises:
-            CalibrationError: ``x`` is not a floating-point tensor, or holds NaN or infinite values.
+            CalibrationError: ``x`` is not a floating-point tensor, or holds NaN, infinite or nearly infinite values.
         """
         x = _flat(x)
-        value_range(x)
+        largest = max(map(abs, value_range(x)))
         if x.numel() == 0:
             return
+        if largest > (LARGEST_WIDE if x.dtype is torch.float64 else LARGEST):
+            raise CalibrationError(
+                f"calibration: values of {largest:.0e} are too large to square and add up. Look for the damaged "
+                "sample, or the layer before that diverges."
+            )
         output = None if self._outputs is None else _flat(output)
         with torch.inference_mode(False):  # the sums outlive a forward that runs in this mode
             for patches in self._sampler.draw(x, output):

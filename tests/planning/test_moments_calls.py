@@ -146,6 +146,7 @@ BAD_CALLS = [
         PlanError,
         "norm: calibration: expected an nn.Conv2d or nn.Linear, got BatchNorm2d",
     ),
+    ([randn(1, 3, 4, 4) * 1e150], ["conv"], CalibrationError, "conv: calibration: values of "),
     (
         [randn(1, 3, 4, 4), randn(1, 3, 4, 4) / 0],
         PATHS,
