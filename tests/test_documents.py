@@ -86,6 +86,8 @@ def pages():
 
 @pytest.mark.parametrize("page", pages())
 def test_the_code_of_every_page_runs(page, tmp_path, monkeypatch):
+    if page == "planner":
+        pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_call, "RULES", dict(_call.RULES))
     monkeypatch.setattr(attributes, "_UPDATES", dict(attributes._UPDATES))
