@@ -191,9 +191,13 @@ class MeansOfKept(TorchFunctionMode):
         """Run one function."""
         kwargs = kwargs or {}
         if func in STATISTICS:
-            dims = [dim for call, dim in self._calls if call == self._count]
+            dims = {dim for call, dim in self._calls if call == self._count}
             self._count += 1
-            return self._statistics(func, args, kwargs, dims)
+            if dims and args:
+                args = (self._kept_of(args[0], dims), *args[1:])
+            elif dims:
+                kwargs = {**kwargs, "input": self._kept_of(kwargs["input"], dims)}
+            return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if RULES.get(func) is elementwise and isinstance(result, Tensor):
             for operand in tensors(args):
@@ -201,19 +205,20 @@ class MeansOfKept(TorchFunctionMode):
                     self._kept[result] = self._kept[operand]
         return result
 
-    def _statistics(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], dims: list[int]) -> Any:
-        x, *rest = args
-        for dim in dims:
-            if x not in self._kept:
-                others = [other for other in range(x.dim()) if other != dim]
-                self._kept[x] = x.detach().ne(0).sum(others).nonzero()[:, 0]
-            x = x.index_select(dim, self._kept[x])
-        return func(x, *rest, **kwargs)
+    def _kept_of(self, x: Tensor, dims: set[int]) -> Tensor:
+        """Return ``x`` without what is held at zero along ``dims``, if it has these: in training calls may differ."""
+        kept = self._kept.setdefault(x, {})  # type: ignore[no-untyped-call]
+        left = x
+        for dim in dims & set(range(x.dim())):
+            if dim not in kept:
+                kept[dim] = _there(x.detach() == 0, dim)
+            left = left.index_select(dim, kept[dim])
+        return left
 
 
 def _there(gone: Tensor, dim: int) -> Tensor:
     """Return the positions along ``dim`` where not everything is gone."""
-    return (~gone).movedim(dim, 0).flatten(1).any(1).nonzero()[:, 0]
+    return (~gone).movedim(dim, 0).reshape(gone.shape[dim], -1).any(1).nonzero()[:, 0]
 
 
 def _without(x: Tensor, gone: Tensor, dims: Iterable[int]) -> Tensor:

@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 import lowrank_nn as lnn
+from lowrank_nn.graph.groups import find_groups
+from lowrank_nn.graph.proof import prove
+from lowrank_nn.graph.surgery import Removal
 from tests.zoo._seeded import seeded
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -169,3 +172,53 @@ def test_a_filter_that_never_fires_is_not_taken_for_a_removed_one():
     step = lnn.Prune(0.4, granularity="filter", criterion=dead_filter_first)
     result = lnn.compress_model(model, X, [step], progress=False)
     assert result.model.stem.out_channels == group.size
+
+
+class Unbatched(nn.Module):
+    """Gated by its own mean, given by keyword; in train mode another mean comes first, of a tensor without channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 10), nn.Linear(10, 4)
+        self.register_buffer("calls", torch.zeros(3))
+
+    def forward(self, x):
+        if self.training:
+            self.calls += self.calls.mean()
+        x = self.stem(x)
+        return self.head(x * torch.rsqrt(torch.mean(input=x.pow(2), dim=-1, keepdim=True) + 1e-5))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 7, 5)])
+def test_means_by_keyword_of_any_number_of_dims(shape):
+    model = seeded(lambda: (Unbatched(), None))()[0].eval()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    groups = find_groups(model, x)
+    assert not next(group for group in groups if group.name == "stem").frozen
+    proof = prove(model, [Removal(group, (1, 4)) for group in groups if group.name == "stem"], x)
+    # In train mode it is the second mean: the first one is taken for it, and nothing can be proven.
+    assert "in train mode differ" in proof.refused["stem"]
+    model.train = lambda mode=True: model  # the same forward in both modes
+    assert prove(model, [Removal(group, (1, 4)) for group in groups if group.name == "stem"], x).refused == {}
+
+
+class OverTwoDims(nn.Module):
+    """A mean over channels and tokens, both of which are of the network's making."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mix = nn.Linear(5, 10), nn.Linear(7, 6, bias=False)
+        self.head, self.pool = nn.Linear(10, 4), nn.Linear(6, 1)
+
+    def forward(self, x):
+        x = self.mix(self.stem(x).mT).mT
+        x = (x - x.mean((1, 2), keepdim=True)) * (x.var((1, 2), keepdim=True) + 1e-5).rsqrt()
+        return self.pool(self.head(x).mT)
+
+
+def test_a_mean_over_channels_and_tokens_leaves_out_both():
+    model = seeded(lambda: (OverTwoDims(), None))()[0]
+    x = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    removals = [Removal(group, (1, 4)) for group in find_groups(model, x) if not group.frozen]
+    assert [removal.group.name for removal in removals] == ["stem", "mix"]
+    assert prove(model, removals, x).proven == tuple(removals)
