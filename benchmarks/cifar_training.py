@@ -1,4 +1,4 @@
-"""Distillation of a compressed CIFAR network from the dense one, as the benchmarks do it."""
+"""Distillation of a compressed CIFAR network from a dense one, as the benchmarks do it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 def distil(
     small: lnn.Result,
-    dense: nn.Module,
+    teacher: nn.Module,
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     arguments: argparse.Namespace,
 ) -> None:
-    """Train the small network on the outputs of the dense one; print its accuracy before and after every epoch.
+    """Train the small network on the outputs of the teacher; print its accuracy before and after every epoch.
 
     Augmented training images, 0.9 distillation at temperature 4 and 0.1 cross-entropy, AdamW, warm-up and cosine.
     """
@@ -49,7 +49,7 @@ def distil(
         Augmented(images, train[1][:count], 128),
         arguments.epochs,
         lr=arguments.lr,
-        teacher=dense.to(memory_format=torch.channels_last),
+        teacher=teacher.to(memory_format=torch.channels_last),
         autocast=torch.bfloat16 if arguments.bf16 else None,
         evaluate=report,
         checkpoint=arguments.checkpoint,
