@@ -18,6 +18,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=0, help="epochs of distillation, instead of the table")
     parser.add_argument("--epoch-images", type=int, default=50_000, help="training images per epoch")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--temperature", type=float, default=4.0, help="of the distillation")
     parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
     parser.add_argument("--checkpoint", type=Path, help="file to go on from after an interruption; one network per run")
 
@@ -31,7 +32,7 @@ def distil(
 ) -> None:
     """Train the small network on the outputs of the teacher; print its accuracy before and after every epoch.
 
-    Augmented training images, 0.9 distillation at temperature 4 and 0.1 cross-entropy, AdamW, warm-up and cosine.
+    Augmented training images, 0.9 distillation and 0.1 cross-entropy, AdamW, warm-up and cosine.
     """
     rate = small.report.compression_rate
     before = accuracy(small.model, *test)
@@ -49,6 +50,7 @@ def distil(
         Augmented(images, train[1][:count], 128),
         arguments.epochs,
         lr=arguments.lr,
+        temperature=arguments.temperature,
         teacher=teacher.to(memory_format=torch.channels_last),
         autocast=torch.bfloat16 if arguments.bf16 else None,
         evaluate=report,
