@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lowrank_nn.decompose import Metric
+from lowrank_nn.decompose import Metric, square_root
 from lowrank_nn.planning.lasso_path import lasso_path
 
 EPSILON = 1e-10
@@ -98,8 +98,10 @@ def lasso_scores(readers: Sequence[Reader]) -> Tensor:
     size = products.diagonal().mean()
     if not bool(size > 0):
         return torch.zeros_like(products[0])  # nothing that the units contribute reaches the output
-    # Contributions that are linearly dependent have no unique factors; a little of the diagonal settles them.
-    products.diagonal().add_(EPSILON * size)
+    # Contributions that are linearly dependent have no unique factors; a little of the diagonal settles them. Sums in
+    # float32 leave eigenvalues below zero.
+    below_zero = torch.linalg.eigvalsh(products)[0].clamp(max=0)
+    products.diagonal().add_(EPSILON * size - 2 * below_zero)
     return lasso_path(products, products.sum(1))
 
 
@@ -158,12 +160,21 @@ def obs_scores(readers: Sequence[Reader]) -> Tensor:
     return _one_by_one(len(readers[0].features), costs, remove, readers[0].weight)
 
 
+def _inverse(matrices: Tensor) -> Tensor:
+    """Return inverses; sums of products in float32 leave eigenvalues a little below zero where inputs are alike."""
+    factor, failed = torch.linalg.cholesky_ex(matrices)
+    if not failed.any():
+        return torch.cholesky_inverse(factor)
+    root = square_root(matrices).inverse
+    return root @ root
+
+
 class _Elimination:
     """One reader while its units go: D = W^T H W of the updated weights, and the inverse P of what is left of C."""
 
     def __init__(self, reader: Reader) -> None:
         self._products = reader.weight.mT @ reader.weighted()
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(reader.covariance))
+        self._inverse = _inverse(reader.covariance)
         self._features = reader.features
         self._count = len(reader.features)
         self._units = torch.arange(self._count, device=reader.features.device)  # what the rows of features are of

@@ -222,3 +222,16 @@ def test_cuda(select):
         case.features.cuda(),
     )
     torch.testing.assert_close(select([reader]).cpu(), select([case.reader]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("select", [obs_scores, greedy_scores, lasso_scores])
+def test_second_moments_with_the_noise_of_float32(select):
+    """One image, many inputs far from zero: eigenvalues of the sums are not all above it."""
+    generator = torch.Generator().manual_seed(50)
+    x = torch.rand(1, 64, generator=generator) + 6
+    covariance = (x.T @ x).double()
+    assert torch.linalg.eigvalsh(covariance)[0] < 0
+    weight = torch.randn(1, 13, 64, generator=generator).double()
+    scores = select([Reader(weight, covariance[None], None, torch.arange(64)[:, None])])
+    assert torch.isfinite(scores).all()
+    assert (scores >= 0).all()
