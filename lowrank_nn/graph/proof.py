@@ -108,13 +108,40 @@ def _halved(trial: Trial, bundles: list[_Bundle], runs: Sequence[Run], refused: 
 
 
 def _difference(trial: Trial, removals: Sequence[Removal], runs: Sequence[Run]) -> str:
-    """Return how the model without some units differs from the one where they are zero; empty if it does not."""
-    model = trial.model
+    """Return how the model without some units differs from the one where they are zero; empty if it does not.
+
+    Where zeros are divided by zeros (a weight by its norm), the model is taken in which nothing reads the units.
+    """
+    try:
+        comparisons = _compared(trial.model, removals, removals, runs)
+        if any(comparison.undefined() for comparison in comparisons):
+            comparisons = _compared(trial.model, removals, [_readers(removal) for removal in removals], runs)
+    except _FailedError as error:
+        return str(error)
+    for (mode, _), comparison in zip(runs, comparisons, strict=True):
+        if problem := comparison.problem():
+            return f"{problem} {mode} differ from those with the same channels held at zero"
+    return ""
+
+
+def _readers(removal: Removal) -> Removal:
+    members = tuple(member for member in removal.group.members if member.role == "in")
+    return dataclasses.replace(removal, group=dataclasses.replace(removal.group, members=members))
+
+
+class _FailedError(Exception):
+    """Units cannot be removed, or not without the forward failing; the message says why."""
+
+
+def _compared(
+    model: nn.Module, removals: Sequence[Removal], masked: Sequence[Removal], runs: Sequence[Run]
+) -> list[Comparison]:
+    """Return for each run how the model without some units compares with one in which parts of them are zero."""
     try:
         cuts = cuts_of(removals, named_tensors(model))
         undo = remove_units(model, removals)
     except LowRankError as error:
-        return str(error)
+        raise _FailedError(str(error)) from error
     # The smaller model first: where it fails, nothing else has to run.
     comparisons: list[Comparison] = []
     try:
@@ -123,15 +150,12 @@ def _difference(trial: Trial, removals: Sequence[Removal], runs: Sequence[Run]) 
             run(comparisons[-1].keep)
     except Exception as error:
         mode = runs[len(comparisons) - 1][0]
-        return f"without these channels the forward fails {mode}: {short(error)}"
+        raise _FailedError(f"without these channels the forward fails {mode}: {short(error)}") from error
     finally:
         undo()
     means = {mean for removal in removals for mean in removal.group.means}
-    with masked_units(model, removals), NormaliseKept(model, cuts), StandardiseKept(model, cuts):
+    with masked_units(model, masked), NormaliseKept(model, cuts), StandardiseKept(model, cuts):
         for (_, run), comparison in zip(runs, comparisons, strict=True):
             with MeansOfKept(means):
                 run(comparison.compare)
-    for (mode, _), comparison in zip(runs, comparisons, strict=True):
-        if problem := comparison.problem():
-            return f"{problem} {mode} differ from those with the same channels held at zero"
-    return ""
+    return comparisons

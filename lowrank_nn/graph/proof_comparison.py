@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -41,13 +42,17 @@ class Comparison:
         """Return what differs, in words: the first kind of several; empty if nothing does."""
         return next((kind for kind in KINDS if self._left[kind] or not _agree(self._measured[kind])), "")
 
+    def undefined(self) -> bool:
+        """Whether the masked network gives no number somewhere, and the smaller one does."""
+        return any(math.isnan(tensor.error) for measured in self._measured.values() for tensor in measured)
+
 
 class _Measured(NamedTuple):
     """How far one tensor is from the expected one.
 
     Attributes:
         size: Largest finite absolute value that is expected; 0 for integers and for no values.
-        error: Largest absolute difference; infinite where the two cannot be compared.
+        error: Largest absolute difference; infinite where the two cannot be compared, NaN where no number is expected.
         rounding: Relative rounding error of the dtype.
     """
 
@@ -61,9 +66,11 @@ def _measured(expected: Tensor, got: Tensor | None) -> _Measured:
         return _Measured(_size(expected), torch.inf, 0.0)
     if not (expected.is_floating_point() or expected.is_complex()):
         return _Measured(0.0, 0.0 if torch.equal(expected, got) else torch.inf, 0.0)
-    finite = torch.isfinite(expected)
-    same = torch.equal(finite, torch.isfinite(got))
-    error = _size(torch.where(finite, got - expected, 0)) if same else torch.inf
+    finite, there = torch.isfinite(expected), torch.isfinite(got)
+    if torch.equal(finite, there):
+        error = _size(torch.where(finite, got - expected, 0))
+    else:
+        error = torch.nan if (there & ~finite).any() else torch.inf
     return _Measured(_size(expected), error, torch.finfo(expected.dtype).eps)
 
 

@@ -1,6 +1,7 @@
 """Proofs of removals: what is equal passes, what is not is refused with a reason, the model is left alone."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -243,6 +244,31 @@ def test_dropout_and_dict_inputs():
     group = ChannelGroup("one", 6, (*members, Member("two.weight", 1, each(6), "in")))
     proof = prove(Net(), [Removal(group, (0, 4))], ({"x": torch.randn(3, 4)},))
     assert (proof.refused, proof.untested) == ({}, "")
+
+
+def test_zeros_divided_by_zeros():
+    """The weight of a filter over its own length (Salimans and Kingma 2016, written out), and knots of a spline."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.direction, self.length = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.rand(8, 1))
+            self.register_buffer("knots", torch.arange(6.0).expand(8, 6) - 3)
+            self.coefficients = nn.Parameter(torch.randn(3, 8, 5))
+
+        def forward(self, x):
+            x = F.linear(x, self.length * self.direction / self.direction.norm(dim=1, keepdim=True))
+            away = (x[..., None] - self.knots[:, :-1]) / (self.knots[:, 1:] - self.knots[:, :-1])
+            return F.linear(torch.relu(1 - away.abs()).flatten(1), self.coefficients.flatten(1))
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(5, 4)
+    (group,) = (group for group in find_groups(model, x) if not group.frozen)
+    assert group.size == 8
+    proof = prove(model, [Removal(group, (0, 4))], x)
+    assert (proof.refused, proof.untested) == ({}, "")
+    wrong = dataclasses.replace(group, members=tuple(m for m in group.members if m.name != "coefficients"))
+    assert prove(model, [Removal(wrong, (0, 4))], x).refused
 
 
 def test_no_removals_no_work():
