@@ -137,6 +137,18 @@ def _prelu(module: nn.PReLU, cuts: Mapping[str, Mapping[int, Cut]]) -> None:
     module.num_parameters = len(module.weight)
 
 
+def _recurrent(module: nn.RNNBase | nn.RNNCellBase, cuts: Mapping[str, Mapping[int, Cut]]) -> None:
+    layer = "_l0" if isinstance(module, nn.RNNBase) else ""
+    of_inputs = cuts.get(f"weight_ih{layer}", {})
+    module.input_size = module.get_parameter(f"weight_ih{layer}").shape[1]
+    if 0 in of_inputs:  # rows of every gate
+        module.hidden_size = module.hidden_size * len(of_inputs[0].kept) // of_inputs[0].size
+    if isinstance(module, nn.RNNBase):
+        if module.proj_size:
+            module.proj_size = module.get_parameter("weight_hr_l0").shape[0]
+        module.flatten_parameters()
+
+
 for _cls, _update in (
     (_ConvNd, _convolution),
     (nn.Linear, _linear),
@@ -148,5 +160,7 @@ for _cls, _update in (
     (nn.LayerNorm, _layer_norm),
     (nn.RMSNorm, _layer_norm),
     (nn.PReLU, _prelu),
+    (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, _recurrent),
 ):
     register_attributes(_cls, _update)

@@ -84,7 +84,7 @@ def _follow(model: nn.Module, example_inputs: Any, around: _Around) -> Units:
     if not all(map(follower.has_seen, model.parameters())):
         with around(model):
             follower.run_training(model, example_inputs)
-    follower.units.settle_boxes()
+    follower.units.settle()
     return follower.units
 
 

@@ -83,7 +83,7 @@ def merge(units: Units, operands: Sequence[Labels], where: str) -> list[Tensor]:
     varies says nothing about it; one that has all those elements, and no units for them, freezes the plane.
     """
     planes = [(index, plane) for index, labels in enumerate(operands) for plane in _that_go(units, labels.planes)]
-    planes = _choose_dims(units, planes, where)
+    planes = _one_of_each(units, _choose_dims(units, planes, where), where)
     merged: list[tuple[Tensor, set[int]]] = []
     for index, plane in planes:
         meeting = [bool(support(known) & support(plane)) and others != {index} for known, others in merged]
@@ -121,6 +121,25 @@ def _choose_dims(units: Units, planes: list[tuple[int, Tensor]], where: str) -> 
         kept = mix(units, plane, frozenset().union(*inner), where) if inner else plane
         if kept is not None:
             chosen.append((index, kept))
+    return chosen
+
+
+def _one_of_each(units: Units, planes: list[tuple[int, Tensor]], where: str) -> list[tuple[int, Tensor]]:
+    """Settle which of several planes of one operand along a dimension the others meet: one that is divided alike.
+
+    Channels x positions, flattened, against a tensor that has such blocks of channels; others of them stay.
+    """
+    chosen = []
+    for index, plane in planes:
+        own = [p for i, p in planes if i == index and support(p) & support(plane)]
+        others = [p for i, p in planes if i != index and support(p) & support(plane)]
+        if len(own) > 1 and others:
+            alike = [p for p in own if any(units.alike(p, other) for other in others)]
+            best = [*alike, *(p for p in own if not units.virtual(p)), *own][0]
+            if not units.alike(plane, best):
+                units.freeze(plane, f"meets a tensor that has no such channels in {where}")
+                continue
+        chosen.append((index, plane))
     return chosen
 
 

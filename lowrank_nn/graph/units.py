@@ -125,6 +125,12 @@ class Units:
         """Whether ids at the same place are one."""
         return torch.equal(self.roots(first), self.roots(second))
 
+    def alike(self, first: Tensor, second: Tensor) -> bool:
+        """Whether ids (after broadcasting) are one at the same places."""
+        pairs = torch.stack([ids.reshape(-1) for ids in broadcast(self.roots(first), self.roots(second))])
+        counts = {torch.unique(ids, dim=-1).shape[-1] for ids in (pairs, *pairs)}
+        return len(counts) == 1
+
     def _frozen_roots(self) -> Tensor:
         return self.roots(
             torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *(ids for ids, _ in self.frozen)])
@@ -175,7 +181,22 @@ class Units:
                 found[root] = found.get(root, frozenset()) | {(mean.call, dim) for dim in mean.dims}
         return found
 
-    def settle_boxes(self) -> None:
+    def settle(self) -> None:
+        """Unite units until all that shrinks with them does so by whole slices, and by as much as numbers that tell."""
+        self._settle_boxes()
+        self._settle_sizes()
+        self._settle_boxes()
+
+    def _settle_sizes(self) -> None:
+        """Unite units of which a module keeps the number once: they can only go together."""
+        first: dict[Attribute, Tensor] = {}
+        for source, rows in self._sizes:
+            known, roots = self.roots(first.setdefault(source, rows)), self.roots(rows)
+            whole = all((ids == ids[:, :1]).all() for ids in (known, roots))
+            if whole and not torch.equal(known[:, 0].sort()[0], roots[:, 0].sort()[0]):
+                self.unite(known[:, :1], roots[:, :1], f"as many as {source} says")
+
+    def _settle_boxes(self) -> None:
         """Unite units until each takes whole slices, along one dimension, of every tensor that it is a part of.
 
         Where the forward has not said along which dimension (a channel shuffle), the one with the most units left.

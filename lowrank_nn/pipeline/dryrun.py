@@ -77,7 +77,7 @@ class DryRun:
         for site in dense.sites:
             weights = [p for p in site.layer.parameters(recurse=False) if p.dim() >= 2]
             if site.inside is None and site.path not in touched and weights:
-                reason = "no step of the recipe asked for them"
+                reason = "no step of the recipe acts on them"
                 if without_compressed_form(site):
                     reason = f"{type(site.layer).__name__} has no compressed form"
                 reasons.setdefault(reason, []).append(site.path)

@@ -24,7 +24,7 @@ def unit_slices(tensor: Tensor, member: Member) -> Tensor:
     """Return what of a tensor goes with each unit of a member, shape ``(units, entries)``, float64."""
     index = torch.tensor(member.positions, device=tensor.device)
     rows = tensor.detach().movedim(member.dim, 0)[index]
-    return rows.flatten(1).double()
+    return (torch.view_as_real(rows) if rows.is_complex() else rows).flatten(1).double()
 
 
 def relative(values: Tensor) -> Tensor:

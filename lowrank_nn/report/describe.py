@@ -31,10 +31,18 @@ def describe(layer: nn.Module) -> tuple[str, str]:
     return "+".join(names), " ".join(shown)
 
 
+_SIZES = {
+    "in": ("in_channels", "in_features", "input_size"),
+    "out": ("out_channels", "out_features"),
+    "hidden": ("hidden_size",),
+}
+"""Attributes that say how many channels a layer of torch has."""
+
+
 def describe_size(before: nn.Module, after: nn.Module) -> str:
     """Return how many channels are left of how many, ``"in=12/16 out=24/32"``; empty where all are."""
     sizes = []
-    for name, attributes in (("in", ("in_channels", "in_features")), ("out", ("out_channels", "out_features"))):
+    for name, attributes in _SIZES.items():
         for attribute in attributes:
             old, new = vars(before).get(attribute), vars(after).get(attribute)
             if old != new and old is not None:

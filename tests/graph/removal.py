@@ -144,3 +144,9 @@ def _fit_attributes(module, groups):
         module.num_groups, module.num_channels = groups, len(module.weight)
     elif isinstance(module, nn.LayerNorm) and module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.RNNBase):
+        module.input_size = module.weight_ih_l0.shape[1]
+        module.hidden_size = (module.weight_hr_l0 if module.proj_size else module.weight_hh_l0).shape[1]
+        module.proj_size = len(module.weight_hr_l0) if module.proj_size else 0
+    elif isinstance(module, nn.RNNCellBase):
+        module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]

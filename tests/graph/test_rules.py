@@ -88,6 +88,15 @@ def write_rows(net, a, b):
     return out
 
 
+def rotate(net, a, b):
+    turned = torch.view_as_complex(a.unflatten(-1, (2, 2))) * torch.polar(*b.unflatten(-1, (2, 2)).unbind(-1))
+    return torch.view_as_real(turned).flatten(3)
+
+
+def listed_parts(of_width):
+    return lambda net, a, b: torch.cat(a.split(of_width(a.shape[1]), 1), 1).relu()
+
+
 BOTH = {"a": 8}  # one group, named after its first layer
 APART = {"a": 8, "b": 8}
 
@@ -149,6 +158,17 @@ REMOVABLE = {
     "dropout": (lambda net, a, b: F.dropout(a, 0.5, net.training) + F.dropout2d(b, 0.5, net.training), BOTH),
     "not read": (lambda net, a, b: (a.mean(), a.softmax(1), b)[2], APART),
     "looked at": (lambda net, a, b: a if f"{a.shape} {a.dtype} {len(a)} {a!r}" and a.dim() == 4 else b, APART),
+    "sums over channels": (lambda net, a, b: a.sum(1, keepdim=True) * b.norm(dim=1, keepdim=True), APART),
+    "largest": (lambda net, a, b: a / torch.linalg.vector_norm(a, ord=torch.inf, dim=1, keepdim=True), APART),
+    "fourier": (lambda net, a, b: torch.fft.irfft2(torch.fft.rfft2(a) * torch.fft.rfftn(b, dim=(2, 3))), BOTH),
+    "fourier of all but": (lambda net, a, b: torch.fft.fftn(a, s=(4, 4)).real, APART),
+    "rotated": (rotate, BOTH),
+    "all but the first": (lambda net, a, b: a[:, 1:], {"a#2": 7, "b": 8}),
+    "from the back": (lambda net, a, b: a[:, -5:-1], {"a": 3, "b": 8}),
+    "one from the back": (lambda net, a, b: a[:, -3, None] * b, {"a": 5, "b": 8}),
+    "one third": (listed_parts(lambda width: [width // 4, 3 * (width // 4)]), {"a": 2, "b": 8}),
+    "twins and another": (listed_parts(lambda width: [(width - 2) // 2, (width - 2) // 2, 2]), {"a": 3, "b": 8}),
+    "outer product": (lambda net, a, b: torch.einsum("nchw,nkhw->nck", a, b).flatten(1), {"a": 8}),
     "asserted": (lambda net, a, b: torch._assert(a.shape[0] == 2, "batch") or a, APART),
 }
 
@@ -158,9 +178,25 @@ def test_channels_that_can_go(middle, expected):
     assert free_units(middle) == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"transposed": True}, {"transposed": True, "groups": 4}])
+def test_channels_in_the_place_of_space_that_a_kernel_of_one_passes(options):
+    """As the spatial gating unit of gMLP does with ``nn.Conv1d`` over tokens."""
+    options = dict(options)
+    function = F.conv_transpose2d if options.pop("transposed", False) else F.conv2d
+    shape = (4, 4 // options.get("groups", 1), 3, 1)
+
+    def middle(net, a, b):
+        return function(a.movedim(1, 3), net.taps, padding=(1, 0), **options).movedim(3, 1) * b
+
+    assert free_units(middle, taps=nn.Parameter(torch.empty(shape))) == BOTH
+    wide = free_units(lambda net, a, b: F.conv2d(a.movedim(1, 3), net.taps).movedim(3, 1), taps=torch.ones(4, 4, 1, 2))
+    assert wide == {"b": 8}
+
+
 FROZEN = {
     "softmax": (lambda net, a, b: a.softmax(1), "mixed by softmax in the model itself"),
-    "sum over channels": (lambda net, a, b: a.sum(1, keepdim=True), "mixed by sum"),
+    "norm of negative order": (lambda net, a, b: a.norm(-1, 1, keepdim=True), "mixed by norm"),
+    "fourier of channels": (lambda net, a, b: torch.fft.fft(a, dim=1).real, "mixed by fft"),
     "mean of all": (lambda net, a, b: b + a.mean(), "mixed by mean"),
     "std": (lambda net, a, b: b if a.std() > 0 else b + 1, "mixed by std"),
     "cumsum": (lambda net, a, b: a.cumsum(dim=1), "mixed by cumsum"),
@@ -173,14 +209,12 @@ FROZEN = {
     "by number": (lambda net, a, b: a[:, 0, None] * b, "reads by number"),
     "by numbers": (lambda net, a, b: a[:, [0, 2]], "reads by number"),
     "index_select": (lambda net, a, b: a.index_select(1, torch.tensor([1, 3])), "reads by number"),
-    "all but the first": (lambda net, a, b: a[:, 1:], "reads by number"),
     "rolled": (lambda net, a, b: a.roll(1, 1), "reads by number"),
     "numbered": (lambda net, a, b: a * torch.arange(8.0)[:, None, None], "meets a tensor that has no such channels"),
-    "no rule": (lambda net, a, b: torch.fft.rfft(a).real, "no rule for torch.fft.rfft, called in the model itself"),
+    "no rule": (lambda net, a, b: torch.linalg.qr(a)[0], "no rule for torch.linalg.qr, called in the model itself"),
     "numpy": (lambda net, a, b: torch.from_numpy(a.numpy() * 2), "no rule for torch.Tensor.numpy"),
     "a number in Python": (lambda net, a, b: a * float(a[0, 0, 0, 0]), "reads by number"),
     "diagonal": (lambda net, a, b: torch.einsum("nchh->nch", a)[..., None], "no rule for torch.functional.einsum"),
-    "outer product": (lambda net, a, b: torch.einsum("nchw,nkhw->nck", a, b).flatten(1), "can only go all at once"),
     "triangle of channels": (lambda net, a, b: a.movedim(1, -1).tril(), "mixed by tril"),
     "differences of channels": (lambda net, a, b: a.diff(dim=1), "mixed by diff"),
     "scattered over channels": (lambda net, a, b: a.scatter(1, (b > 0).long(), b), "mixed by scatter"),

@@ -184,11 +184,6 @@ MIXED = {
         {"fc": nn.Linear(128, 128)},
         "",
     ),
-    "recurrent": (
-        lambda net, a, b: net.rnn(a.flatten(2).mT)[0],
-        {"rnn": nn.GRU(8, 6)},
-        "no rule for torch.gru, called in rnn",
-    ),
     "efficient attention": (
         lambda net, a, b: a * net.conv(a.mean((2, 3))[:, None]).mT[..., None],
         {"conv": nn.Conv1d(1, 1, 3, padding=1)},

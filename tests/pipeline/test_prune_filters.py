@@ -79,7 +79,7 @@ def test_the_least_important_go(net):
     kept = [index for index in range(16) if index not in (2, 5, 11)]
     assert torch.equal(result.model[0].weight, net[0].weight[kept])
     assert torch.equal(result.model[1].running_mean, net[1].running_mean[kept])
-    assert result.report.left == {"no step of the recipe asked for them": ("6", "8")}
+    assert result.report.left == {"no step of the recipe acts on them": ("6", "8")}
 
 
 def test_masked_and_pruned_network_agree(net):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank_nn.errors import CalibrationError, OptionError
-from lowrank_nn.graph import find_groups
+from lowrank_nn.graph.groups import ChannelGroup, Member, find_groups
 from lowrank_nn.planning import unit_importance
 from lowrank_nn.planning.importance import obstacle
 from lowrank_nn.planning.unit_choice import KeepRule, least_important
@@ -201,3 +201,11 @@ def test_global_choice_is_the_least_of_all_within_limits():
     assert KeepRule("global", min_keep=0.5).choose(values, 5 / 8) == {"a": (0, 1), "b": (0, 1)}
     assert KeepRule("layer").choose(values, 0.5) == {"a": (0, 1), "b": (0, 1)}
     assert KeepRule("layer").choose(values, 0.0) == {"a": (), "b": ()}
+
+
+def test_complex_weights_count_with_both_parts():
+    model = nn.Module()
+    model.mixing = nn.Parameter(torch.tensor([3 + 4j, 5 + 0j, 0 + 1j])[:, None])
+    group = ChannelGroup("mixing", 3, (Member("mixing", 0, ((0,), (1,), (2,)), "out"),))
+    scores = unit_importance(model, [group], "l2")["mixing"]
+    torch.testing.assert_close(scores / scores[1], torch.tensor([1.0, 1.0, 0.2], dtype=torch.float64))

@@ -203,7 +203,7 @@ def test_what_is_in_the_text(case):
     assert re.search(r"head +Linear \(dense\) .* 330 +of 330", text)
     assert re.search(r"total .*of 32\.6k .*of 1\.11M", text)
     assert "compression rate alpha = a/a*: params 1.6" in text
-    assert "left as they were (no step of the recipe asked for them): head" in text
+    assert "left as they were (no step of the recipe acts on them): head" in text
     assert "speed-up" not in text
     assert "speed-up delta = s/s*: 2.10x (3.00 ms -> 1.50 ms, median, cpu, 4 threads)" in str(example())
 

@@ -5,6 +5,7 @@ from lowrank_nn.graph.rules import mixing as mixing
 from lowrank_nn.graph.rules import movement as movement
 from lowrank_nn.graph.rules import parts as parts
 from lowrank_nn.graph.rules import products as products
+from lowrank_nn.graph.rules import recurrent as recurrent
 from lowrank_nn.graph.rules._call import RULES as RULES
 from lowrank_nn.graph.rules._call import Call as Call
 from lowrank_nn.graph.rules._call import Outcome as Outcome

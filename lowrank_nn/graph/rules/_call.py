@@ -132,7 +132,7 @@ def normal_dims(dims: Any, count: int) -> list[int]:
     """Return what torch's ``dim`` argument means: one, several, or all where it is None, empty or another argument."""
     if dims is None or dims == () or isinstance(dims, bool):  # x.std(False) is over all
         return list(range(count))
-    chosen: Iterable[int] = dims if isinstance(dims, (tuple, list)) else [dims]
+    chosen: Iterable[int] = [dims] if isinstance(dims, int) else dims
     return [dim % max(count, 1) for dim in chosen]
 
 

@@ -19,6 +19,7 @@ ELEMENTWISE = """
     remainder round rrelu rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign
     sqrt square sub subtract tan tanh tanhshrink threshold true_divide trunc where xlogy
     dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d feature_dropout
+    complex polar conj_physical resolve_conj resolve_neg
     zeros_like ones_like empty_like full_like rand_like randn_like fill zero bernoulli normal uniform copy clone
     contiguous detach to type type_as float double half bfloat16 int long short bool byte char cpu cuda real imag data
     requires_grad_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__

@@ -7,10 +7,11 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_nn.graph.labels import Labels, merge, mix, split_dim, support
-from lowrank_nn.graph.rules._call import Call, Outcome, Planes, Rule, aligned, functions, normal_dims, rule_for
+from lowrank_nn.graph.rules._call import RULES, Call, Outcome, Planes, Rule, aligned, functions, normal_dims, rule_for
 from lowrank_nn.graph.rules.elementwise import elementwise, per_channel
 from lowrank_nn.graph.units import Mean
 
@@ -33,6 +34,16 @@ STATISTICS = frozenset(itertools.chain(*map(functions, ("mean", "var", "std", "v
 """Statistics, which may go on being those of what is left of a weight, or of the channels that a forward normalises."""
 
 
+_SUMS = frozenset(itertools.chain(*map(functions, ("sum", "nansum"))))
+_NORMS = frozenset(itertools.chain(*map(functions, ("norm", "vector_norm"))))
+
+
+def _skips_zeros(call: Call) -> bool:
+    """Whether a function sums, so that zeros do not count; a norm of negative order is a minimum."""
+    order = call.argument(1, "p", call.kwargs.get("ord"))
+    return call.function in _SUMS or (call.function in _NORMS and (isinstance(order, str | None) or order > 0))
+
+
 def dims_of(call: Call, position: int = 1, default: Any = None) -> list[int]:
     """Return the dimensions that an argument ``dim`` names, or ``axis``."""
     dims = call.argument(position, "dim", call.kwargs.get("axis", default))
@@ -46,13 +57,14 @@ def _along(position: int, default: Any = None) -> Rule:
         labels, count = call.first, len(call.first.shape)
         dims = dims_of(call, position, default)
         over: list[Tensor] = []
-        if call.function in STATISTICS and (of_parameters(labels) or not labels.constant):
+        statistic = call.function in STATISTICS and (of_parameters(labels) or not labels.constant)
+        if statistic or _skips_zeros(call):
             over = [plane for plane in labels.planes if support(plane) <= set(dims)]
             left = [plane for plane in labels.planes if not support(plane) <= set(dims)]
             labels = dataclasses.replace(labels, planes=tuple(left))
 
         def planes() -> list[Planes]:
-            if not labels.constant:
+            if statistic and not labels.constant:
                 means = (Mean(call.number, tuple(support(p)), p.reshape(-1), call.where) for p in over)
                 call.means.extend(means)
             mixed = mix_all(call, labels, dims)
@@ -87,6 +99,31 @@ def triangle(call: Call) -> list[Planes]:
 def diff(call: Call) -> Outcome | None:
     """Differences of neighbours; None where others are put around them."""
     return None if len(call.operands()) > 1 else _along(2, -1)(call)
+
+
+def _transform(count: int | None) -> Rule:
+    """Return the rule of Fourier transforms along ``count`` dimensions if none are named; None for all of them."""
+
+    def rule(call: Call) -> list[Planes]:
+        dims, sizes, total = call.argument(2, "dim"), call.argument(1, "s"), len(call.first.shape)
+        last = count or (len(sizes) if sizes is not None else total)
+        return [mix_all(call, call.first, normal_dims(range(-last, 0) if dims is None else dims, total))]
+
+    return rule
+
+
+for _ending, _count in (("", 1), ("2", 2), ("n", None)):
+    for _kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"):
+        RULES[getattr(torch.fft, f"{_kind}{_ending}")] = _transform(_count)
+
+
+@rule_for("view_as_complex view_as_real")
+def complex_view(call: Call) -> list[Planes]:
+    """Real and imaginary parts along a last dimension, which stay two, or as complex numbers."""
+    count = len(call.first.shape)
+    if len(call.shapes[0]) > count:
+        return [[plane.unsqueeze(-1) for plane in call.first.planes]]
+    return [[plane[..., 0] for plane in mix_all(call, call.first, [count - 1])]]
 
 
 @rule_for("max min")

@@ -100,7 +100,8 @@ def whole_dim(call: Call, dim: int, size: int, dims: int) -> Tensor:
 def filled(call: Call) -> list[Planes]:
     """Equal elements: how many is for the forward to say."""
     (shape,) = call.shapes
-    return [[whole_dim(call, dim, size, len(shape)) for dim, size in enumerate(shape) if size > 1]]
+    planes = [whole_dim(call, dim, size, len(shape)) for dim, size in enumerate(shape) if size > 1]
+    return _sized(call, [planes], list(flat_sizes([*call.args, call.kwargs.get("size", ())]))[: len(shape)], 0)
 
 
 @rule_for("cat concat concatenate")

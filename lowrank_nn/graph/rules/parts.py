@@ -16,6 +16,9 @@ from lowrank_nn.graph.rules.mixing import mix_all
 from lowrank_nn.graph.rules.movement import moved, on_cpu
 from lowrank_nn.graph.sizes import flat_sizes
 
+_MULTIPLES = 4
+"""Up to this many parts as large as the smallest, listed sizes are taken for multiples of one width: q, (k, v)."""
+
 
 @rule_for("roll")
 def roll(call: Call) -> list[Planes]:
@@ -34,7 +37,10 @@ def equal_parts(call: Call) -> list[Planes]:
 
 @rule_for("split split_with_sizes unsafe_split")
 def split(call: Call) -> list[Planes]:
-    """Parts whose sizes are all attributes of modules shrink each on its own, and these follow; others as above."""
+    """Parts whose sizes are all attributes of modules shrink each on its own, and these follow.
+
+    Of other sizes in a list, multiples of the smallest shrink in proportion; else those that are equal, together.
+    """
     dim, sizes = _parts(call)
     named = [value for name, value in call.kwargs.items() if name not in ("tensor", "input", "dim")]
     given = list(flat_sizes([*call.args[1:2], *named]))
@@ -43,9 +49,11 @@ def split(call: Call) -> list[Planes]:
         for parts in (torch.split_with_sizes(p, sizes, dim) for p in call.first.planes if p.shape[dim] > 1):
             for source, part in zip(kept_by, parts, strict=True):  # parts of which one number is the size lose the same
                 call.units.unite(parts[kept_by.index(source)], part, f"meets what stays in {call.where}")
-        results = moved(call, call.first)
+    elif len(given) == len(sizes) > 1:
+        _tie_listed(call, call.first, dim, sizes)
     else:
-        results = equal_parts(call)
+        _tie_parts(call, call.first, dim, sizes)
+    results = moved(call, call.first)
     for size, planes in zip(given, results, strict=False):  # a single size is that of the first part too
         for plane in planes:
             call.note_size(size, plane, dim)
@@ -69,6 +77,19 @@ def _tie_parts(call: Call, labels: Labels, dim: int, sizes: Sequence[int]) -> No
         else:
             parts = split_dim(plane, dim, sizes[0])
             call.units.unite(parts, parts.narrow(dim, 0, 1), f"meets what stays in {call.where}")
+
+
+def _tie_listed(call: Call, labels: Labels, dim: int, sizes: Sequence[int]) -> None:
+    least, total = min(sizes), sum(sizes)
+    if all(least and size % least == 0 for size in sizes) and total <= _MULTIPLES * least:
+        _tie_parts(call, labels, dim, [least] * (total // least))
+        return
+    for parts in (torch.split_with_sizes(p, list(sizes), dim) for p in labels.planes if p.shape[dim] > 1):
+        for size, part in zip(sizes, parts, strict=True):
+            if sizes.count(size) > 1:
+                call.units.unite(parts[sizes.index(size)], part, f"meets what stays in {call.where}")
+            else:
+                call.units.freeze(part, f"split into parts of {', '.join(map(str, sizes))} by {call.where}")
 
 
 @rule_for("glu")
@@ -152,7 +173,7 @@ def _slice(call: Call, labels: Labels, dim: int, part: slice) -> Labels:
         for plane in labels.planes:
             call.note_size(border, plane.narrow(dim, 0, border) if plane.shape[dim] > 1 else plane, dim)
         return labels
-    if step == 1 and stop > start and size % (stop - start) == 0 and start % (stop - start) == 0:
+    if step == 1 and stop - start > 1 and size % (stop - start) == 0 and start % (stop - start) == 0:
         _tie_parts(call, labels, dim, [stop - start] * (size // (stop - start)))
         return labels
     if step > 1 and size % step == 0 and len(range(start, stop, step)) == size // step:
@@ -161,7 +182,20 @@ def _slice(call: Call, labels: Labels, dim: int, part: slice) -> Labels:
                 parts = split_dim(plane, dim, step)
                 call.units.unite(parts, parts.narrow(dim + 1, 0, 1), f"meets what stays in {call.where}")
         return labels
-    return _read_by_number(call, labels, [dim])
+    if step > 1 or start >= stop:
+        return _read_by_number(call, labels, [dim])
+    return _keep_up_to(call, labels, dim, [border for border in (part.start, part.stop) if border is not None])
+
+
+def _keep_up_to(call: Call, labels: Labels, dim: int, borders: Sequence[int]) -> Labels:
+    """Keep all between an end of a dimension and borders that are counted from there: their numbers still hold then."""
+    if any(dim in support(plane) and len(support(plane)) > 1 for plane in labels.planes):
+        return _read_by_number(call, labels, [dim])
+    for plane in labels.planes:
+        for border in borders if dim in support(plane) else ():
+            counted = torch.arange(plane.shape[dim])[: border if border >= 0 else None][min(border, 0) :]
+            call.units.freeze(plane.index_select(dim, counted), f"counted by {call.where}, which reads by number")
+    return labels
 
 
 @rule_for("__getitem__")
@@ -170,8 +204,12 @@ def getitem(call: Call) -> list[Planes]:
     _keep_indices(call, call.args[1])
     labels = call.first
     for dim, index in _indices(call.args[1], len(labels.shape)):
-        sliced = isinstance(index, slice)
-        labels = _slice(call, labels, dim, index) if sliced else _read_by_number(call, labels, [dim])
+        if isinstance(index, slice):
+            labels = _slice(call, labels, dim, index)
+        elif isinstance(index, int):
+            labels = _keep_up_to(call, labels, dim, [index + 1 if index >= 0 else index])
+        else:
+            labels = _read_by_number(call, labels, [dim])
     return moved(call, labels)
 
 

@@ -6,7 +6,6 @@ import string
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from lowrank_nn.graph.labels import Labels, compact, contract, merge, mix, split_dim, support
 from lowrank_nn.graph.rules._call import RULES, Call, Planes, aligned, rule_for
@@ -42,14 +41,16 @@ def _convolution(spatial: int, transposed: bool) -> Any:
     def rule(call: Call) -> list[Planes]:
         weight, bias = call.labels(call.argument(1, "weight")), call.argument(2, "bias")
         groups = call.argument(6, "groups", 1)
-        labels = call.first
-        channel = len(labels.shape) - spatial - 1
-        space = range(channel + 1, len(labels.shape))
-        flat = Labels(labels.shape[: channel + 1], _drop(mix_all(call, labels, space), spatial))
-        taps = range(2, 2 + spatial)
-        kernel = Labels(weight.shape[:2], _drop(mix_all(call, weight, taps), spatial))
-        planes = _grouped(call, flat, kernel, groups, transposed)
-        spread = [plane.reshape(*plane.shape, *(1,) * spatial) for plane in planes]
+        channel = len(call.first.shape) - spatial - 1
+        free = [channel + 1 + i for i in range(spatial) if _passes(call, weight.shape[2 + i], i, channel + 1 + i)]
+        mixed = [dim for dim in range(channel + 1, len(call.first.shape)) if dim not in free]
+        flat = _channels_last(call.first, mix_all(call, call.first, mixed), [*range(channel), *free], channel)
+        rows = (plane.reshape(plane.shape[:2]) for plane in mix_all(call, weight, range(2, 2 + spatial)))
+        kernel = Labels(weight.shape[:2], tuple(rows))
+        spread = []
+        for plane in _grouped(call, flat, kernel, groups, transposed):
+            whole = plane.reshape(*plane.shape, *(1,) * len(mixed))
+            spread.append(whole.movedim([*range(whole.dim())], [*range(channel), *free, channel, *mixed]))
         return with_bias(call, spread, bias, channel)
 
     return rule
@@ -60,14 +61,24 @@ for _spatial in (1, 2, 3):
     rule_for(f"conv_transpose{_spatial}d")(_convolution(_spatial, transposed=True))
 
 
-def _drop(planes: Planes, dims: int) -> tuple[Tensor, ...]:
-    """Return planes without their last dimensions, along which none varies."""
-    return tuple(plane.reshape(plane.shape[:-dims]) for plane in planes)
+def _passes(call: Call, taps: int, index: int, dim: int) -> bool:
+    """Whether a convolution takes one position after the other along a dimension of space."""
+    stride = call.argument(3, "stride", 1)
+    step = stride if isinstance(stride, int) else stride[index % len(stride)]
+    return taps == step == 1 and call.shapes[0][dim] == call.first.shape[dim]
+
+
+def _channels_last(labels: Labels, planes: Planes, leading: list[int], channel: int) -> Labels:
+    """Return ``planes``, with the ``leading`` dimensions and the channels alone; along others none varies."""
+    kept = [*leading, channel]
+    index = tuple(slice(None) if dim in kept else 0 for dim in range(len(labels.shape)))
+    order = [sorted(kept).index(dim) for dim in kept]
+    return Labels(tuple(labels.shape[dim] for dim in kept), tuple(plane[index].permute(order) for plane in planes))
 
 
 def _grouped(call: Call, x: Labels, kernel: Labels, groups: int, transposed: bool) -> Planes:
     """Return the planes over batch and output channels."""
-    batch = "n"[: len(x.shape) - 1]
+    batch = string.ascii_uppercase[: len(x.shape) - 1]
     if groups == 1:
         return contract(
             call.units, [(x, f"{batch}i"), (kernel, "io" if transposed else "oi")], f"{batch}o", call.where, weight=1
