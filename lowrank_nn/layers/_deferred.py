@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lowrank_nn.layers._deferred_moves import Joined, Moved, Pooled
 from lowrank_nn.layers._deferred_sources import HARDSWISH, RELU, RELU6, SILU, Floats, Source, Weight, computed
@@ -64,7 +64,8 @@ class Deferred(Tensor):
             if self._source.grid is not None:
                 for makers in _ROUNDED:
                     makers.update(self._source.makers)
-            self._source = Floats(computed(self._source), self._source.makers)
+            with _mode_of(self):
+                self._source = Floats(computed(self._source), self._source.makers)
         return self._source.tensor
 
     def become(self, source: Source) -> Deferred | None:
@@ -80,13 +81,14 @@ class Deferred(Tensor):
     ) -> Any:
         """Note what a kernel can do later; compute the tensor for everything else."""
         kwargs = kwargs or {}
-        noted = _NOTED.get(func)
-        result = None if noted is None else noted(*args, **kwargs)
-        if result is not None:
-            return result
-        if func in _LOOKS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+        if not (torch.is_grad_enabled() and any(map(_tracked, tree_leaves((args, kwargs))))):
+            noted = _NOTED.get(func) if args else None  # torch has several names for its arguments
+            result = None if noted is None else noted(*args, **kwargs)
+            if result is not None:
+                return result
+            if func in _LOOKS:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
         args, kwargs = tree_map(_plain, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -113,8 +115,20 @@ def rounded_tensors() -> Iterator[set[Weight]]:
         _ROUNDED.remove(makers)
 
 
+def _mode_of(x: Deferred) -> contextlib.AbstractContextManager[Any]:
+    """Leave inference mode where ``x`` was made outside: its floats are changed, or learned from, out there."""
+    with torch._C.DisableTorchFunctionSubclass():
+        outside = torch.is_inference_mode_enabled() and not x.is_inference()
+    return torch.inference_mode(False) if outside else contextlib.nullcontext()
+
+
 def _plain(x: Any) -> Any:
     return x.plain() if isinstance(x, Deferred) else x
+
+
+def _tracked(x: Any) -> bool:
+    """Whether somebody asked for the gradient of a deferred tensor, which kernels do not give."""
+    return isinstance(x, Deferred) and isinstance(x._source, Floats) and x._source.tensor.requires_grad
 
 
 def _activation(activation: Activation, *, in_place: bool = False) -> Callable[..., Tensor | None]:
@@ -135,7 +149,7 @@ def _put(x: Deferred, source: Source, in_place: bool) -> Deferred | None:
 
 
 def _addition(*, in_place: bool = False) -> Callable[..., Tensor | None]:
-    def note(x: Any, other: Any, **options: Any) -> Tensor | None:
+    def note(x: Any, other: Any = None, **options: Any) -> Tensor | None:
         if options or not (isinstance(x, Deferred) and isinstance(other, Deferred)) or x.source is other.source:
             return None
         one, two = x.source, other.source
@@ -172,8 +186,8 @@ def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = Fals
     return None if training else cast(Tensor, x)
 
 
-def _join(tensors: Any, dim: int = 0) -> Tensor | None:
-    if not all(isinstance(t, Deferred) and t.dim() == 4 for t in tensors) or dim not in (1, -3):
+def _join(tensors: Any, dim: int = 0, **options: Any) -> Tensor | None:
+    if options or not all(isinstance(t, Deferred) and t.dim() == 4 for t in tensors) or dim not in (1, -3):
         return None
     first = tensors[0].shape
     if any((t.shape[0], *t.shape[2:]) != (first[0], *first[2:]) for t in tensors):  # symbolic sizes have no hash

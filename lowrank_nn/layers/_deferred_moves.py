@@ -25,19 +25,15 @@ class Rearranged(Source):
 
     def __init__(self, parts: Sequence[Source], shape: tuple[int, ...]) -> None:
         makers = tuple(maker for part in parts for maker in part.makers)
-        super().__init__(shape, parts[0].channels_last, makers, 1 + max(part.depth for part in parts))
-        self._parts = tuple(parts)
+        super().__init__(shape, parts[0].channels_last, makers, 1 + max(part.depth for part in parts), tuple(parts))
 
     def settle(self, grid: Grid) -> None:
         """Settle the bytes of the others, too."""
+        parts = self._inputs
         if self._grid is None:
-            for part in self._parts:
+            for part in parts:
                 part.settle(grid)
         super().settle(grid)
-
-    def release(self) -> None:
-        """Let go of the others."""
-        del self._parts
 
 
 class Pooled(Rearranged):
@@ -54,11 +50,11 @@ class Pooled(Rearranged):
         super().__init__((source,), shape)
         self._window = (size, stride, pad)
 
-    def compute(self, grid: Grid | None) -> Tensor:
+    def compute(self, inputs: tuple[Source], grid: Grid | None) -> Tensor:
         """Take the maxima: of bytes, their order is that of the numbers."""
         if grid is None:
-            return F.max_pool2d(self._parts[0].values(), *self._window)
-        codes = self._parts[0].codes(grid)
+            return F.max_pool2d(inputs[0].values(), *self._window)
+        codes = inputs[0].codes(grid)
         if isinstance(grid, PairGrid):
             return grid.encode(F.max_pool2d(grid.decode(codes), *self._window))
         # F.max_pool2d refuses bytes on maps of more than 255 entries; that for quantized tensors takes bytes, too.
@@ -67,18 +63,19 @@ class Pooled(Rearranged):
 
     def activated(self, activation: Activation) -> Source | None:
         """Apply an increasing function before the maximum, which gives the same."""
-        if self.grid is not None or activation not in _MONOTONE:
+        inputs = self._inputs
+        if self._grid is not None or activation not in _MONOTONE:
             return None
-        inner = self._parts[0].activated(activation)
+        inner = inputs[0].activated(activation)
         return None if inner is None else Pooled(inner, self.shape, *self._window)
 
 
 class Joined(Rearranged):
     """Tensors one after the other along the channels (concatenation)."""
 
-    def compute(self, grid: Grid | None) -> Tensor:
+    def compute(self, inputs: tuple[Source, ...], grid: Grid | None) -> Tensor:
         """Join the bytes, or the floats."""
-        return torch.cat([s.values() if grid is None else s.codes(grid) for s in self._parts], 1)
+        return torch.cat([s.values() if grid is None else s.codes(grid) for s in inputs], 1)
 
 
 class Moved(Rearranged):
@@ -97,13 +94,14 @@ class Moved(Rearranged):
     @property
     def grid(self) -> Grid | None:
         """That of the whole tensor: its bytes can be moved."""
-        return self._parts[0].grid if self._grid is None else self._grid
+        inputs = self._inputs
+        return inputs[0].grid if self._grid is None else self._grid
 
-    def compute(self, grid: Grid | None) -> Tensor:
+    def compute(self, inputs: tuple[Source], grid: Grid | None) -> Tensor:
         """Move the bytes, or the floats."""
         if grid is None:
-            return self._move(self._parts[0].values(), 0)
-        codes = self._parts[0].codes(grid)
+            return self._move(inputs[0].values(), 0)
+        codes = inputs[0].codes(grid)
         if isinstance(grid, PairGrid):
             return grid.encode(self._move(grid.decode(codes), 0))
         assert isinstance(grid, CodeGrid)
@@ -111,9 +109,11 @@ class Moved(Rearranged):
 
     def as_now(self) -> Source:
         """Move what stays as it is now."""
-        return self if self._grid is not None else Moved(self._parts[0].as_now(), self.shape, self._move)
+        inputs = self._inputs
+        return self if self._grid is not None else Moved(inputs[0].as_now(), self.shape, self._move)
 
     def activated(self, activation: Activation) -> Source | None:
         """Apply it before, which gives the same: all of them leave 0 as it is."""
-        inner = None if self.grid is not None else self._parts[0].activated(activation)
+        inputs = self._inputs
+        inner = None if self.grid is not None else inputs[0].activated(activation)
         return None if inner is None else Moved(inner, self.shape, self._move)

@@ -81,12 +81,18 @@ class Source(abc.ABC):
         channels_last: Memory format in which its floats are wanted.
         makers: Weights of the layers whose output this is, activated, pooled, joined or moved.
         depth: How many tensors wait for each other to be computed, this one included.
+
+    Threads may ask at once, and compute the same then: what is needed is looked up before the question whether it has
+    been let go. Locks would cost more time.
     """
 
-    def __init__(self, shape: tuple[int, ...], channels_last: bool, makers: tuple[Weight, ...], depth: int) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], channels_last: bool, makers: tuple[Weight, ...], depth: int, inputs: Any
+    ) -> None:
         self.shape, self.channels_last, self.makers, self.depth = shape, channels_last, makers, depth
+        self._inputs = inputs  # what is needed to compute it; None when the bytes are there
         self._grid: Grid | None = None
-        self._codes: Tensor | None = None
+        self._bytes: tuple[Tensor, Grid] | None = None
 
     @property
     def grid(self) -> Grid | None:
@@ -112,26 +118,23 @@ class Source(abc.ABC):
     def codes(self, grid: Grid) -> Tensor:
         """Return the tensor as bytes on ``grid``; not to be changed in place."""
         self.settle(grid)
-        if self._codes is None:
-            self._codes, self.depth = self.compute(self._grid), 0
-            self.release()
-        if grid == self._grid:
-            return self._codes
-        return grid.encode(self.values())
+        inputs, settled = self._inputs, self._grid
+        if inputs is not None:
+            assert settled is not None
+            self._bytes, self.depth = (self.compute(inputs, settled), settled), 0
+            self._inputs = None
+        assert self._bytes is not None
+        codes, settled = self._bytes
+        return codes if grid == settled else grid.encode(settled.decode(codes))
 
     def values(self) -> Tensor:
         """Return the tensor as new floats. Where bytes were asked for, what they stand for."""
-        if self._grid is None:
-            return self.compute(None)
-        return self._grid.decode(self.codes(self._grid))
+        inputs, grid = self._inputs, self._grid
+        return self.compute(inputs, None) if grid is None else grid.decode(self.codes(grid))
 
     @abc.abstractmethod
-    def compute(self, grid: Grid | None) -> Tensor:
+    def compute(self, inputs: Any, grid: Grid | None) -> Tensor:
         """Compute the bytes on ``grid``, or, without one, the floats."""
-
-    @abc.abstractmethod
-    def release(self) -> None:
-        """Let go of what was needed to compute: the bytes are there."""
 
     def as_now(self) -> Source:
         """Return what stays as it is now, for what is computed of it later."""
@@ -158,57 +161,56 @@ class Product(Source):
         added: Source | None = None,
         activation: Activation = NONE,
     ) -> None:
-        super().__init__(shape, channels_last, (weight,), 1 + max(input.depth, 0 if added is None else added.depth))
-        self._weight, self._input = weight, input
-        self._added, self._activation = added, activation
-        self._added_grid: Grid | None = None
+        depth = 1 + max(input.depth, 0 if added is None else added.depth)
+        super().__init__(shape, channels_last, (weight,), depth, (input, added, None))
+        self._weight, self._activation = weight, activation
 
     def settle(self, grid: Grid) -> None:
         """Settle also whether bytes or floats are added: bytes, if somebody asked for those of the tensor added."""
-        if self._grid is None and self._added is not None:
-            self._added_grid = self._added.grid
-            if self._added_grid is None:
-                self._added = copy.copy(self._added)  # whose floats stay, whatever bytes somebody asks for later
+        inputs = self._inputs
+        if self._grid is None and inputs[1] is not None:
+            input, added, _ = inputs
+            added_grid = added.grid
+            if added_grid is None:
+                added = copy.copy(added)  # whose floats stay, whatever bytes somebody asks for later
+            self._inputs = (input, added, added_grid)
         super().settle(grid)
 
-    def compute(self, grid: Grid | None) -> Tensor:
+    def compute(self, inputs: tuple[Bytes, Source | None, Grid | None], grid: Grid | None) -> Tensor:
         """Run the kernel."""
-        codes = self._input.codes(self._weight.grid)
-        if self._added is None:
+        input, added, added_grid = inputs
+        codes = input.codes(self._weight.grid)
+        if added is None:
             y = self._weight.run(codes, grid, self._activation)
             # A view of a batch of one would not count as channels-last any more.
             return y if y.shape == self.shape else y.view(self.shape)
-        if grid is not None and self._added_grid is not None:
-            added = self._added.codes(self._added_grid).clone(memory_format=torch.channels_last)
-            return self._weight.run_and_add(codes, grid, added, self._added_grid, self._activation)
-        added = self._added.values().contiguous(memory_format=torch.channels_last)
-        y = self._weight.run_and_add(codes, None, added, _UNIT, self._activation)
+        if grid is not None and added_grid is not None:
+            addend = added.codes(added_grid).clone(memory_format=torch.channels_last)
+            return self._weight.run_and_add(codes, grid, addend, added_grid, self._activation)
+        addend = added.values().contiguous(memory_format=torch.channels_last)
+        y = self._weight.run_and_add(codes, None, addend, _UNIT, self._activation)
         return y if grid is None else grid.encode(y)
-
-    def release(self) -> None:
-        """Let go of the input and the tensor added."""
-        del self._input, self._added
 
     def activated(self, activation: Activation) -> Source | None:
         """Have the kernel apply it, if it has none to apply yet."""
-        if self.grid is not None or self._activation != NONE or (self._added is not None and activation != RELU):
+        inputs = self._inputs
+        if self._grid is not None or self._activation != NONE or (inputs[1] is not None and activation != RELU):
             return None
-        return Product(self._weight, self._input, self.shape, self.channels_last, self._added, activation)
+        return Product(self._weight, inputs[0], self.shape, self.channels_last, inputs[1], activation)
 
     def plus(self, other: Source) -> Source | None:
         """Have the kernel add it, if it is a convolution that does nothing else yet."""
-        if self.grid is not None or self._activation != NONE or self._added is not None:
+        inputs = self._inputs
+        if self._grid is not None or self._activation != NONE or inputs[1] is not None or self._weight.geometry is None:
             return None
-        if self._weight.geometry is None:
-            return None
-        return Product(self._weight, self._input, self.shape, self.channels_last, other)
+        return Product(self._weight, inputs[0], self.shape, self.channels_last, other)
 
 
 class Floats(Source):
     """An ordinary tensor: one that somebody asked for the floats of, and may have changed since."""
 
     def __init__(self, tensor: Tensor, makers: tuple[Weight, ...]) -> None:
-        super().__init__(tuple(tensor.shape), False, makers, _DEEPEST)  # what is made of them does not wait
+        super().__init__(tuple(tensor.shape), False, makers, _DEEPEST, None)  # what is made of them does not wait
         self.tensor = tensor
 
     def promised(self, grid: Grid) -> Bytes:
@@ -227,12 +229,9 @@ class Floats(Source):
         """Return a copy."""
         return Floats(self.values(), self.makers)
 
-    def compute(self, grid: Grid | None) -> Tensor:
+    def compute(self, inputs: Any, grid: Grid | None) -> Tensor:
         """As :meth:`codes` or :meth:`values`."""
         return self.values() if grid is None else self.codes(grid)
-
-    def release(self) -> None:
-        """Nothing: the floats may change, so bytes of them are not kept."""
 
 
 def computed(source: Source) -> Tensor:
