@@ -222,6 +222,8 @@ class _Follower(ForwardWatch):
             )
             if id(tensor) not in seen:
                 self._write(tensor, labels_of)
+                if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # what it is outside is not seen
+                    self._freeze(tensor, f"comes out of torch.func, in {self._path}")
             elif _version(tensor) != versions.pop(id(tensor), None):
                 self._change(tensor, known[id(tensor)], labels_of())
         for key in versions:

@@ -58,6 +58,22 @@ def test_transforms_of_functions_are_barriers(function):
     assert groups[0].frozen == "goes into torch.func, in 1"
 
 
+def test_layers_within_transforms_of_functions_keep_their_outputs():
+    class PerSample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(torch.vmap(self.inner)(x))
+
+    groups = find_groups(PerSample(), torch.randn(3, 4))
+    assert {group.name: group.frozen for group in groups} == {
+        "inner": "comes out of torch.func, in inner",
+        "head": "reaches the output of the model",
+    }
+
+
 def test_memory_shared_with_numpy_is_a_barrier():
     groups = find_groups(sequential(Call(lambda x: torch.from_numpy(x.numpy()) + x)), IMAGE.float())
     assert groups[0].frozen == "no rule for torch.Tensor.numpy, called in 1"
