@@ -47,10 +47,12 @@ class FixedPoint:
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        if self.integer_bits < 1 or self.fraction_bits < 0 or self.bits > 24:
+        counts = (self.integer_bits, self.fraction_bits)
+        whole = all(isinstance(bits, int) for bits in counts)  # a share of a bit would leave numbers off the grid
+        if not whole or self.integer_bits < 1 or self.fraction_bits < 0 or self.bits > 24:
             raise OptionError(
-                "FixedPoint: expected integer_bits from 1, fraction_bits from 0, and at most 24 in all, got "
-                f"{self.integer_bits} and {self.fraction_bits}."
+                "FixedPoint: expected whole numbers, integer_bits from 1, fraction_bits from 0, and at most 24 in all, "
+                f"got {self.integer_bits!r} and {self.fraction_bits!r}."
             )
         if self.rounding not in get_args(Rounding):
             raise OptionError(f"FixedPoint: rounding must be 'nearest' or 'stochastic', got {self.rounding!r}.")
