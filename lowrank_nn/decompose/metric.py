@@ -47,6 +47,13 @@ class Metric:
         """Whether only the diagonal of the covariance is known."""
         return self.covariance.dim() == 2
 
+    def fits(self, groups: int, outputs: int, inputs: int) -> bool:
+        """Whether all parts are finite and of the shapes for a weight of so many groups, outputs and inputs in each."""
+        row, square = (groups, inputs), (groups, outputs, outputs)
+        spread = row if self.is_diagonal else (*row, inputs)
+        parts = ((self.covariance, spread), (self.mean, row), (self.curvature, square), (self.outputs, square))
+        return all(part is None or (part.shape == shape and bool(part.isfinite().all())) for part, shape in parts)
+
     def error(self, change: Tensor) -> float:
         """Return e of a change of the weight, in the dense weight's shape."""
         delta = self.unfold(change)

@@ -76,8 +76,7 @@ class LowRankLayer(CompressedLayer):
             **config: Options of the constructor.
         """
         new = source.empty(cls, **config)
-        seen = metric if metric is None or source.bias is not None else metric.with_mean()
-        new.approximate_(source.weight, seen, **(fit or {}))
+        new.approximate_(source.weight, source.seen_by(metric), **(fit or {}))
         return source.finish(new, metric)
 
     @classmethod

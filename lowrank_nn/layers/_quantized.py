@@ -125,7 +125,7 @@ class QuantLayer(QuantizedWeightLayer):
         if inputs is not None:
             new.calibrate(inputs, observer=observer)
         source.copy_bias_to(new)  # scales depend on it
-        new.approximate_(source.weight, metric if metric is None or source.bias is not None else metric.with_mean())
+        new.approximate_(source.weight, source.seen_by(metric))
         return source.finish(new, metric)
 
     @classmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lowrank_nn.decompose import Metric
-from lowrank_nn.errors import UnsupportedLayerError
+from lowrank_nn.errors import OptionError, UnsupportedLayerError
 from lowrank_nn.layers._base import CompressedLayer
 from lowrank_nn.layers._packed import is_channels_last
 
@@ -55,6 +55,23 @@ class Source:
         if self.bias is not None:
             assert isinstance(new.bias, nn.Parameter)
             new.bias.copy_(self.bias)
+
+    def seen_by(self, metric: Metric | None) -> Metric | None:
+        """Return the metric that the weight is fitted under: without a bias a change of the mean output is an error.
+
+        Raises:
+            OptionError: The metric is of a layer of another shape, or none at all.
+        """
+        if metric is None:
+            return None
+        groups = self.arguments.get("groups", 1)
+        shape = (groups, len(self.weight) // groups, self.weight[0].numel())
+        if not (isinstance(metric, Metric) and metric.fits(*shape)):
+            raise OptionError(
+                f"{type(self.layer).__name__}: the metric must be one of this layer, finite, of {shape[0]} groups with "
+                f"{shape[1]} outputs and {shape[2]} inputs each. Collect it with lowrank_nn.planning.collect_metrics."
+            )
+        return metric if self.bias is not None else metric.with_mean()
 
     def finish(self, new: AnyCompressed, metric: Metric | None = None) -> AnyCompressed:
         """Give ``new`` the bias, memory format, train/eval mode and requires_grad flags of this layer.
@@ -129,7 +146,7 @@ def _refuse_foreign(layer: nn.Module, cls: type[CompressedLayer]) -> None:
             f"{cls.__name__}: expected an nn.{dense.__name__}, got {type(layer).__name__}. "
             "Choose the compressed class that fits the layer."
         )
-    if isinstance(layer.weight, nn.parameter.UninitializedParameter):
+    if isinstance(layer._parameters.get("weight"), nn.parameter.UninitializedParameter):
         raise UnsupportedLayerError(
             f"{cls.__name__}: {type(layer).__name__} has no weight yet. Run the model once before compressing it."
         )

@@ -21,6 +21,7 @@ class Checkpoint:
         origin: :func:`fingerprint` of the model that was given.
         epoch: Number of epochs done.
         steps: Number of steps per epoch.
+        setup: Optimizer and schedule as they were made.
         model: State dict of the model.
         extra: State dict of what is trained beside it (regressors of feature taps).
         optimizer: State dict of the optimizer.
@@ -32,6 +33,7 @@ class Checkpoint:
     origin: str
     epoch: int
     steps: int
+    setup: str
     model: dict[str, Any]
     extra: dict[str, Any]
     optimizer: dict[str, Any]
@@ -60,7 +62,7 @@ class Checkpoint:
                 f"FineTune: {path} is no readable checkpoint ({error}). Delete it to start anew."
             ) from error
 
-    def check(self, path: Path, origin: str, model: nn.Module, epochs: int, steps: int) -> None:
+    def check(self, path: Path, origin: str, model: nn.Module, epochs: int, steps: int, setup: str) -> None:
         """Refuse to go on with another run than the one that wrote this.
 
         Args:
@@ -69,9 +71,11 @@ class Checkpoint:
             model: The model to be trained.
             epochs: Number of epochs of the step.
             steps: Number of steps per epoch.
+            setup: Optimizer and schedule as they were made this time.
 
         Raises:
-            TrainingError: The model given, the compressed model, or the length of the training is another one.
+            TrainingError: The model given, the compressed model, the optimizer, its settings, the kind of schedule or
+                the length of the training is another one.
         """
         have = {key: tuple(value.shape) for key, value in self.model.items() if isinstance(value, Tensor)}
         want = {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
@@ -84,6 +88,8 @@ class Checkpoint:
             problem = "was made from a given model with other weights"
         elif self.steps != steps:
             problem = f"was made with {self.steps} steps per epoch, and now there are {steps}"
+        elif self.setup != setup:
+            problem = "was made with another optimizer, other settings of it, or another kind of schedule"
         elif self.epoch > epochs:
             problem = f"has {self.epoch} epochs done, more than epochs={epochs}"
         if problem:

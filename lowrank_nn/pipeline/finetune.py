@@ -116,7 +116,11 @@ class FineTune(Step):
             raise OptionError(
                 f"FineTune: autocast must be torch.bfloat16 or None, got {autocast!r}; float16 needs scaling."
             )
-        if isinstance(loader, Iterator) or not (hasattr(loader, "__len__") and hasattr(loader, "__iter__")):
+        functions = {"optimizer": optimizer, "schedule": schedule, "loss": loss, "regularizer": regularizer}
+        for name, function in (functions | {"evaluate": evaluate}).items():
+            if not (function is None or callable(function)):
+                raise OptionError(f"FineTune: {name} must be a function, got {function!r}.")
+        if not _has_epochs(loader):
             raise OptionError(
                 f"FineTune: loader must have a length and be iterable once per epoch, got {type(loader).__name__}. "
                 "Wrap a generator in a list or a DataLoader."
@@ -210,6 +214,15 @@ class FineTune(Step):
 
     def _adamw(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=1e-4)
+
+
+def _has_epochs(loader: Any) -> bool:
+    """Whether a loader of batches can be gone through again and again, and says how many there are."""
+    try:
+        len(loader)
+    except TypeError:  # a DataLoader has the method, whether its dataset has or not
+        return False
+    return hasattr(loader, "__iter__") and not isinstance(loader, (Iterator, Tensor))
 
 
 @contextlib.contextmanager

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lowrank_nn.cost import Cost
-from lowrank_nn.errors import BudgetError, OptionError, PlanError, check_whole_number
+from lowrank_nn.decompose import Metric
+from lowrank_nn.errors import BudgetError, OptionError, PlanError, UnsupportedLayerError, check_whole_number
 from lowrank_nn.graph import Site
-from lowrank_nn.layers import LAYERS, LowRankLayer, RankRule, SVDConv2d, SVDLinear, TuckerConv2d
+from lowrank_nn.layers import LAYERS, LowRankLayer, RankRule, SVDConv2d, SVDLinear, TuckerConv2d, read_layer
 from lowrank_nn.pipeline.apply import class_for, decide_layer, matching, refusal, without_compressed_form
 from lowrank_nn.pipeline.evidence import carry_out, gather_once, uses_data
 from lowrank_nn.pipeline.select import Patterns, strictest
@@ -179,7 +180,8 @@ class LowRank(Step):
         if picks is None:
             raise BudgetError(_cannot_be_met(target, state, fixed, bounded))
         chosen = {t.path: t.candidates[i] for t, i in zip(usable, picks, strict=True)}
-        return [_decision(table, chosen.get(table.path)) for table in tables]
+        on_data = self._on_data(state)
+        return [_decision(table, chosen.get(table.path), on_data=on_data) for table in tables]
 
     def _within_bounds(self, sites: list[Site], tables: list[SiteCandidates]) -> list[SiteCandidates]:
         """Return the tables with the candidates that ``at_least`` and ``at_most`` admit."""
@@ -213,11 +215,19 @@ class LowRank(Step):
         width = 1 if state.clock is None else state.clock.vector_width
         key: Any = (LowRank, state.base[0], site.path, *self._kind(), metric is not None, self.curvature, width)
         if key not in state.cache:
-            multiple = math.lcm(width, self.multiple_of)
-            table = self._rule().candidates(site, state.weights_of(site), classes, metric, multiple=multiple)
-            state.cache[key] = in_multiples(table, self.multiple_of)
+            state.cache[key] = self._computed(site, state.weights_of(site), classes, metric, width)
         found: SiteCandidates = state.cache[key]
         return found
+
+    def _computed(
+        self, site: Site, layer: nn.Module, classes: Sequence[type[LowRankLayer]], metric: Metric | None, width: int
+    ) -> SiteCandidates:
+        try:
+            read_layer(layer, next(cls for cls in classes if isinstance(layer, cls.replaces)))
+        except UnsupportedLayerError as error:  # ahead of all else: to read a parametrized weight may change the layer
+            return SiteCandidates(site.path, [], error.message)
+        table = self._rule().candidates(site, layer, classes, metric, multiple=math.lcm(width, self.multiple_of))
+        return in_multiples(table, self.multiple_of)
 
     def _kind(self) -> tuple[Any, ...]:
         """Return what the candidates of a layer depend on, the data apart."""
@@ -234,12 +244,12 @@ def _low_rank_classes(formats: Any) -> tuple[type[LowRankLayer], ...]:
     return classes
 
 
-def _decision(table: SiteCandidates, candidate: Candidate | None) -> Decision:
+def _decision(table: SiteCandidates, candidate: Candidate | None, *, on_data: bool) -> Decision:
     every = tuple(table.candidates)
     if candidate is None or candidate.layer_class is None:
         note = table.note or "dense within the budget: other layers lose less"
         return Decision(table.path, None, note=note, candidates=every)
-    error = math.sqrt(candidate.error)
+    error = None if on_data else math.sqrt(candidate.error)  # on data, that of a candidate is not the weight's
     return Decision(table.path, candidate.layer_class, candidate.options, error=error, candidates=every)
 
 

@@ -6,12 +6,11 @@ import copy
 import dataclasses
 import logging
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from lowrank_nn.errors import BudgetError, OptionError, PlanError
@@ -20,6 +19,7 @@ from lowrank_nn.pipeline.finetune import FineTune
 from lowrank_nn.pipeline.random_state import preserved_random_state
 from lowrank_nn.pipeline.result import Probe, Result
 from lowrank_nn.pipeline.state import State, Step
+from lowrank_nn.pipeline.training import as_metric
 from lowrank_nn.planning import Budget
 
 logger = logging.getLogger(__name__)
@@ -133,8 +133,7 @@ def _metric(budget: Budget, model: nn.Module, seed: int) -> float:
     assert budget.evaluate is not None
     with preserved_random_state(seed), torch.no_grad():
         value: Any = budget.evaluate(copy.deepcopy(model).eval())
-    known = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
-    metric = float(value) if known else math.nan
+    metric = as_metric(value)
     if not math.isfinite(metric):
         raise OptionError(f"Budget: evaluate must return one finite number, larger for a better model, got {value!r}.")
     return distributed.mean_over_processes(metric, _device(model))

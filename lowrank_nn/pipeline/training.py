@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,7 +73,9 @@ class Trainer:
         extra = [] if guidance is None else list(guidance.parameters())
         distributed.broadcast(extra)
         self.optimizer = settings.optimizer([*trainable, *extra])
+        self.setup = repr(self.optimizer)  # ahead of the schedule, which may depend on the number of epochs
         self.schedule = settings.schedule(self.optimizer, self.steps * settings.epochs)
+        self.setup += f" under {type(self.schedule).__name__}"
         self.generators = loader_generators(settings.loader)
         self.origin = "" if settings.checkpoint is None else fingerprint(state.dense)
         self.epoch = 0
@@ -159,10 +162,10 @@ class Trainer:
             return None
         quiet = contextlib.nullcontext() if self.guidance is None else self.guidance.paused()
         with modes_kept(self.student), quiet, torch.no_grad():
-            score = float(self.settings.evaluate(self.student.eval()))
-        score = distributed.mean_over_processes(score, self.device)
+            value = self.settings.evaluate(self.student.eval())
+        score = distributed.mean_over_processes(as_metric(value), self.device)
         if math.isnan(score):
-            raise TrainingError(f"FineTune: evaluate returned NaN after {self.epoch} epochs.")
+            raise TrainingError(f"FineTune: evaluate must return a number, got {value!r} after {self.epoch} epochs.")
         if self.settings.restore_best and (self.best is None or score > self.best[0]):
             self.best = (score, copy.deepcopy(self.student.state_dict()))
         return score
@@ -176,6 +179,7 @@ class Trainer:
                 origin=self.origin,
                 epoch=self.epoch,
                 steps=self.steps,
+                setup=self.setup,
                 model=self.student.state_dict(),
                 extra={} if self.guidance is None else self.guidance.state_dict(),
                 optimizer=self.optimizer.state_dict(),
@@ -191,7 +195,7 @@ class Trainer:
             return
         if path.exists():
             found = Checkpoint.load(path)
-            found.check(path, self.origin, self.student, self.settings.epochs, self.steps)
+            found.check(path, self.origin, self.student, self.settings.epochs, self.steps, self.setup)
             self.student.load_state_dict(found.model)
             if self.guidance is not None:
                 self.guidance.load_state_dict(found.extra)
@@ -205,6 +209,12 @@ class Trainer:
     def _set_generators(self, states: list[Tensor]) -> None:
         for generator, state in zip(self.generators, states, strict=False):
             generator.set_state(state)
+
+
+def as_metric(value: Any) -> float:
+    """Return what a user's ``evaluate`` gave; NaN where that is not one number."""
+    known = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    return float(value) if known else math.nan
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -73,8 +74,11 @@ class Budget:
                 "Budget: accuracy_drop and evaluate belong together: accuracy_drop=0.5, evaluate=a function of the "
                 "model that returns the metric."
             )
-        if self.accuracy_drop is not None and not (math.isfinite(self.accuracy_drop) and self.accuracy_drop >= 0):
+        drop: Any = 0.0 if self.accuracy_drop is None else self.accuracy_drop
+        if not (isinstance(drop, numbers.Real) and math.isfinite(drop) and float(drop) >= 0):
             raise OptionError(f"Budget: accuracy_drop must be a finite number from 0, got {self.accuracy_drop!r}.")
+        if self.evaluate is not None and not callable(self.evaluate):
+            raise OptionError(f"Budget: evaluate must be a function of the model, got {self.evaluate!r}.")
         if self.of not in _SHARES:
             raise OptionError(f"Budget: of must be one of {', '.join(_SHARES)}, got {self.of!r}.")
         if self.of != "params" and self.accuracy_drop is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from lowrank_nn.errors import OptionError, PlanError
+from lowrank_nn.errors import OptionError, PlanError, is_share
 from lowrank_nn.planning.candidates import Candidate, SiteCandidates
 
 _ROUNDING = 1e-9
@@ -54,7 +54,7 @@ def checked_shares(name: str, bounds: Mapping[str, float] | None) -> dict[str, f
     if not isinstance(bounds, Mapping):
         raise OptionError(f"LowRank: {name} maps patterns to shares, such as {{'layer1.*': 0.5}}, got {bounds!r}.")
     for pattern, share in bounds.items():
-        if not 0 < share <= 1:
+        if not is_share(share):
             raise OptionError(
                 f"LowRank: {name} gives the share of a layer's parameters, above 0 and at most 1, got {share!r} for "
                 f"{pattern!r}."

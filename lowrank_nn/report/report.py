@@ -37,7 +37,7 @@ class Row:
         became: Its class now, with the classes of its factors.
         options: Ranks, bits and so on.
         error: Relative change of the weight, ||W - W'|| / ||W||; None where the layer was not replaced, has lost
-            channels or, in a plan, where it is not known yet.
+            channels or, in a plan, where it is not known yet, as that of a layer to be fitted to data is not.
         before: Cost before.
         after: Cost now.
     """

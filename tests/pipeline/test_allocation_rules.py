@@ -128,6 +128,7 @@ def test_bounds_that_cannot_hold(case):
         ({"allocation": "best"}, "allocation must be one of knapsack, uniform, alds, musco, got 'best'"),
         ({"multiple_of": 0}, "multiple_of"),
         ({"at_least": {"fc": 2}}, "at_least"),
+        ({"at_most": {"fc": "0.5"}}, "at_most gives the share"),
         ({"rank": lnn.VBMF(), "multiple_of": 8}, "need a budget"),
         ({"rank": lnn.VBMF(), "allocation": "alds"}, "need a budget"),
         ({"rank": lnn.VBMF(), "at_most": {"fc": 0.5}}, "need a budget"),

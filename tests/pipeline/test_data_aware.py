@@ -77,6 +77,7 @@ def test_plan_and_result_agree(net):
         (row.became, row.options) for row in result.report.rows
     ]
     assert planned.after == result.report.after
+    assert {row.error for row in planned.rows} == {None}  # what candidates are compared by is no change of the weight
 
 
 def test_data_are_used_for_budgets_and_on_request_for_rules(net):

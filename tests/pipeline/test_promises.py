@@ -79,6 +79,18 @@ def test_after_success():
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize("allocation", ["knapsack", "alds", "musco"])
+def test_parametrizations_that_change_when_they_are_read(allocation):
+    model = make_net()
+    nn.utils.parametrizations.spectral_norm(model.conv2)  # in train mode every read of the weight is a power iteration
+    before = snapshot(model)
+    report = lnn.plan(model, X, [lnn.LowRank(allocation=allocation)], budget=lnn.Budget(params=1.0))
+    assert_untouched(model, before)
+    assert any("parametrized weight" in reason and "conv2" in paths for reason, paths in report.left.items())
+    lnn.plan(model, X, [lnn.LowRank(rank=lnn.Energy(0.9))])
+    assert_untouched(model, before)
+
+
 @pytest.mark.parametrize("first", [lnn.LowRank(formats=MATRICES), lnn.Apply(lnn.SVDLinear, where="fc", rank=3)])
 def test_no_memory_is_shared_with_the_result(first):
     model = make_net()

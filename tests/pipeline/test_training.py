@@ -1,11 +1,12 @@
 """Checkpoints and resuming, the best state, losses that are refused."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lowrank_nn import Apply, FineTune, SVDLinear, TrainingError, compress_model
 from lowrank_nn.errors import OptionError
@@ -143,6 +144,11 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
         run(model, epochs=2, checkpoint=file, loader=[(X, Y)])
     with pytest.raises(TrainingError, match="2 epochs done"):
         run(model, epochs=1, checkpoint=file)
+    momentum = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)}
+    steps = {"schedule": lambda optimizer, steps: torch.optim.lr_scheduler.StepLR(optimizer, steps)}
+    for change in ({"lr": 0.5}, momentum, steps):
+        with pytest.raises(TrainingError, match="was made with another optimizer"):
+            run(model, epochs=2, checkpoint=file, **change)
     run(model, epochs=3, checkpoint=file)
 
 
@@ -207,9 +213,10 @@ def test_evaluating_changes_nothing_about_the_training():
     assert same_bits(run(make_model(), evaluate=evaluate, guidance=["1"]), run(make_model(), guidance=["1"]))
 
 
-def test_nan_evaluations_are_refused():
-    with pytest.raises(TrainingError, match="NaN after 1 epochs"):
-        run(make_model(), evaluate=lambda _: float("nan"))
+@pytest.mark.parametrize("value", [float("nan"), None, "91", torch.ones(2)])
+def test_evaluations_that_are_no_number_are_refused(value):
+    with pytest.raises(TrainingError, match=r"must return a number, got .* after 1 epochs"):
+        run(make_model(), evaluate=lambda _: value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -263,6 +270,13 @@ def test_nothing_to_train_or_to_train_on():
         run(make_model(), loader=UsedUp())
 
 
+class Endless(IterableDataset):
+    """Has no length, nor has a loader of it."""
+
+    def __iter__(self):
+        return itertools.repeat(X[0])
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -276,6 +290,13 @@ def test_nothing_to_train_or_to_train_on():
         {"restore_best": True},
         {"loader": iter([(X, Y)])},
         {"loader": (batch for batch in [(X, Y)])},
+        {"loader": X},
+        {"loader": DataLoader(Endless(), 4)},
+        {"optimizer": torch.optim.SGD([X], lr=0.1)},
+        {"schedule": "cosine"},
+        {"loss": "cross_entropy"},
+        {"regularizer": 0.1},
+        {"evaluate": 91.0},
     ],
 )
 def test_options_out_of_range_are_refused(options):

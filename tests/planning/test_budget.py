@@ -57,6 +57,8 @@ def test_a_drop_of_accuracy():
         ({"evaluate": metric}, "belong together"),
         ({"accuracy_drop": -1, "evaluate": metric}, "accuracy_drop must be a finite number from 0"),
         ({"accuracy_drop": float("nan"), "evaluate": metric}, "accuracy_drop must be a finite number from 0"),
+        ({"accuracy_drop": "1", "evaluate": metric}, "accuracy_drop must be a finite number from 0"),
+        ({"accuracy_drop": 1, "evaluate": 91.0}, "evaluate must be a function of the model, got 91.0"),
         ({"accuracy_drop": 1, "evaluate": metric, "of": "flops"}, "of must be one of params, macs, bytes, latency"),
         ({"params": 0.5, "of": "macs"}, "and there is none"),
     ],
