@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -236,12 +237,16 @@ class LowRank(Step):
 
 def _low_rank_classes(formats: Any) -> tuple[type[LowRankLayer], ...]:
     classes = tuple(formats) if isinstance(formats, Iterable) else (formats,)
-    wrong = [cls for cls in classes if not (isinstance(cls, type) and issubclass(cls, LowRankLayer))]
+    wrong = [cls for cls in classes if not _is_format(cls)]
     if wrong or not classes:
         known = ", ".join(name for name, cls in LAYERS.items() if issubclass(cls, LowRankLayer))
         got = repr(wrong[0]) if wrong else "none"
         raise OptionError(f"LowRank: formats must be classes of low-rank layers ({known}), got {got}.")
     return classes
+
+
+def _is_format(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, LowRankLayer) and not inspect.isabstract(cls)
 
 
 def _decision(table: SiteCandidates, candidate: Candidate | None, *, on_data: bool) -> Decision:

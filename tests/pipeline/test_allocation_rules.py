@@ -127,6 +127,7 @@ def test_bounds_that_cannot_hold(case):
     [
         ({"allocation": "best"}, "allocation must be one of knapsack, uniform, alds, musco, got 'best'"),
         ({"multiple_of": 0}, "multiple_of"),
+        ({"formats": [lnn.LowRankLayer]}, "formats must be classes of low-rank layers"),
         ({"at_least": {"fc": 2}}, "at_least"),
         ({"at_most": {"fc": "0.5"}}, "at_most gives the share"),
         ({"rank": lnn.VBMF(), "multiple_of": 8}, "need a budget"),
