@@ -100,9 +100,10 @@ def check_range(name: str, value: Sequence[float] | None) -> tuple[float, float]
     """
     if value is None:
         return None
-    if len(value) != 2 or not (math.isfinite(value[0]) and math.isfinite(value[1]) and value[0] <= value[1]):
+    pair = _pair(value)
+    if pair is None or not (math.isfinite(pair[0]) and math.isfinite(pair[1]) and pair[0] <= pair[1]):
         raise OptionError(f"{name} must be two finite numbers (min, max), got {value!r}. Pass None if it is not known.")
-    return (float(value[0]), float(value[1]))
+    return pair
 
 
 def check_calibration(name: str, activation_bits: int | None, inputs: Any, input_range: Any) -> None:
@@ -110,7 +111,8 @@ def check_calibration(name: str, activation_bits: int | None, inputs: Any, input
 
     Raises:
         CalibrationError: ``activation_bits`` is given, and neither ``inputs`` nor ``input_range`` is.
-        OptionError: ``inputs`` or ``input_range`` is given without ``activation_bits``, or both are given.
+        OptionError: ``inputs`` or ``input_range`` is given without ``activation_bits``, or both are given; or
+            ``input_range`` is not two numbers.
     """
     given = [option for option, value in (("inputs", inputs), ("input_range", input_range)) if value is not None]
     if activation_bits is None and given:
@@ -124,3 +126,13 @@ def check_calibration(name: str, activation_bits: int | None, inputs: Any, input
         )
     if len(given) == 2:
         raise OptionError(f"{name}: inputs and input_range say the same thing twice; pass one of them.")
+    if input_range is not None and _pair(input_range) is None:
+        raise OptionError(f"{name}: input_range must be two numbers (min, max), got {input_range!r}.")
+
+
+def _pair(value: Any) -> tuple[float, float] | None:
+    try:
+        low, high = (float(number) for number in value)
+    except (TypeError, ValueError):
+        return None
+    return low, high

@@ -205,6 +205,13 @@ BAD_CALLS = [
     ),
     ({"output_range": (0, math.nan)}, OptionError, "QuantLinear: output_range must be two finite numbers"),
     ({"output_range": (0, 1, 2)}, OptionError, "QuantLinear: output_range must be two finite numbers"),
+    ({"output_range": 5}, OptionError, "QuantLinear: output_range must be two finite numbers"),
+    (
+        {"activation_bits": 8, "input_range": 5},
+        OptionError,
+        r"QuantLinear: input_range must be two numbers \(min, max\)",
+    ),
+    ({"activation_bits": 8, "input_range": (2, 1, 3)}, OptionError, "QuantLinear: input_range must be two numbers"),
 ]
 
 
