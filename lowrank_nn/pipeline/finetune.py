@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,21 +106,16 @@ class FineTune(Step):
         autocast: torch.dtype | None = None,
     ) -> None:
         check_whole_number("FineTune: epochs", epochs, 1)
-        for name, value in (("lr", lr), ("temperature", temperature)):
-            if not (math.isfinite(value) and value > 0):
-                raise OptionError(f"FineTune: {name} must be a positive number, got {value!r}.")
-        if not 0 <= alpha <= 1:
-            raise OptionError(f"FineTune: alpha must be from 0 (targets alone) to 1 (teacher alone), got {alpha!r}.")
+        _check_numbers(lr, temperature, alpha)
         if restore_best and evaluate is None:
             raise OptionError("FineTune: restore_best needs evaluate=..., a function of the model.")
         if autocast not in (None, torch.bfloat16):
             raise OptionError(
                 f"FineTune: autocast must be torch.bfloat16 or None, got {autocast!r}; float16 needs scaling."
             )
-        functions = {"optimizer": optimizer, "schedule": schedule, "loss": loss, "regularizer": regularizer}
-        for name, function in (functions | {"evaluate": evaluate}).items():
-            if not (function is None or callable(function)):
-                raise OptionError(f"FineTune: {name} must be a function, got {function!r}.")
+        _check_functions(optimizer=optimizer, schedule=schedule, loss=loss, regularizer=regularizer, evaluate=evaluate)
+        if not (teacher is None or isinstance(teacher, nn.Module)):
+            raise OptionError(f"FineTune: teacher must be an nn.Module, got {type(teacher).__name__}.")
         if not _has_epochs(loader):
             raise OptionError(
                 f"FineTune: loader must have a length and be iterable once per epoch, got {type(loader).__name__}. "
@@ -214,6 +210,20 @@ class FineTune(Step):
 
     def _adamw(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=1e-4)
+
+
+def _check_numbers(lr: Any, temperature: Any, alpha: Any) -> None:
+    for name, value in (("lr", lr), ("temperature", temperature)):
+        if not (isinstance(value, numbers.Real) and math.isfinite(value) and float(value) > 0):
+            raise OptionError(f"FineTune: {name} must be a positive number, got {value!r}.")
+    if not (isinstance(alpha, numbers.Real) and 0 <= float(alpha) <= 1):
+        raise OptionError(f"FineTune: alpha must be from 0 (targets alone) to 1 (teacher alone), got {alpha!r}.")
+
+
+def _check_functions(**functions: Any) -> None:
+    for name, function in functions.items():
+        if not (function is None or callable(function)):
+            raise OptionError(f"FineTune: {name} must be a function, got {function!r}.")
 
 
 def _has_epochs(loader: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import math
 import numbers
@@ -53,7 +54,8 @@ class Trainer:
         device: Where the model is.
 
     Raises:
-        TrainingError: There is nothing to train, or nothing to train on.
+        TrainingError: There is nothing to train, or nothing to train on, or the optimizer or the schedule needs more
+            than a call of ``step()`` after every batch.
     """
 
     def __init__(self, settings: Settings, state: State, guidance: FeatureLoss | None, device: torch.device) -> None:
@@ -73,8 +75,10 @@ class Trainer:
         extra = [] if guidance is None else list(guidance.parameters())
         distributed.broadcast(extra)
         self.optimizer = settings.optimizer([*trainable, *extra])
+        _check_steps("optimizer", self.optimizer)
         self.setup = repr(self.optimizer)  # ahead of the schedule, which may depend on the number of epochs
         self.schedule = settings.schedule(self.optimizer, self.steps * settings.epochs)
+        _check_steps("schedule", self.schedule)
         self.setup += f" under {type(self.schedule).__name__}"
         self.generators = loader_generators(settings.loader)
         self.origin = "" if settings.checkpoint is None else fingerprint(state.dense)
@@ -209,6 +213,22 @@ class Trainer:
     def _set_generators(self, states: list[Tensor]) -> None:
         for generator, state in zip(self.generators, states, strict=False):
             generator.set_state(state)
+
+
+def _check_steps(name: str, made: Any) -> None:
+    """Refuse what the loop cannot step: after every batch, and without a closure or a metric.
+
+    Raises:
+        TrainingError: It has no ``step()``, or one that needs an argument.
+    """
+    step = getattr(made, "step", None)
+    parameters = inspect.signature(step).parameters.values() if callable(step) else ()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if not callable(step) or any(p.default is p.empty for p in named):
+        raise TrainingError(
+            f"FineTune: {name} must make something with a step() that is called after every batch and needs no "
+            f"argument, got {type(made).__name__}. LBFGS and ReduceLROnPlateau need a loop of your own."
+        )
 
 
 def as_metric(value: Any) -> float:

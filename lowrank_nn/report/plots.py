@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from lowrank_nn.errors import MissingExtraError, OptionError
+from lowrank_nn.errors import MissingExtraError, OptionError, check_whole_number
 from lowrank_nn.planning import Candidate, LayerChoices
 from lowrank_nn.planning.layer_choices import Spectrum
 
@@ -39,7 +39,7 @@ def candidates_figure(choices: Sequence[LayerChoices], cost: str = "params", mos
         most: Layers to draw at most; the most expensive ones are taken.
 
     Raises:
-        OptionError: There is nothing to draw, or no such cost.
+        OptionError: There is nothing to draw, or no such cost, or ``most`` is no whole number from 1.
         MissingExtraError: matplotlib is not installed.
     """
     if cost not in _COSTS:
@@ -77,7 +77,7 @@ def spectra_figure(choices: Sequence[LayerChoices], model: nn.Module, most: int 
         most: Layers to draw at most; the largest are taken.
 
     Raises:
-        OptionError: There is nothing to draw.
+        OptionError: There is nothing to draw, or ``most`` is no whole number from 1.
         MissingExtraError: matplotlib is not installed.
     """
     layers = [(layer, model.get_submodule(layer.path)) for layer in choices]
@@ -209,6 +209,7 @@ def _mode_names(modes: Sequence[Spectrum]) -> tuple[str, ...]:
 
 def _largest(items: Sequence[Any], sizes: Sequence[float], most: int) -> list[Any]:
     """Return the largest items, in their order."""
+    check_whole_number("plot: most", most, 1)
     kept = sorted(sorted(range(len(items)), key=lambda i: -sizes[i])[:most])
     return [items[i] for i in kept]
 

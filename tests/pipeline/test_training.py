@@ -278,6 +278,19 @@ class Endless(IterableDataset):
 
 
 @pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"optimizer": lambda parameters: torch.optim.LBFGS(parameters)}, "optimizer .* got LBFGS"),
+        ({"schedule": lambda optimizer, _: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)}, "got ReduceLROn"),
+        ({"schedule": lambda optimizer, _: None}, "schedule .* got NoneType"),
+    ],
+)
+def test_what_cannot_step_after_every_batch_is_refused(options, name):
+    with pytest.raises(TrainingError, match=name):
+        run(make_model(), **options)
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"epochs": 0},
@@ -285,8 +298,11 @@ class Endless(IterableDataset):
         {"epochs": True},
         {"lr": 0.0},
         {"lr": float("nan")},
+        {"lr": "1e-3"},
         {"temperature": 0.0},
         {"alpha": 1.5},
+        {"alpha": None},
+        {"teacher": 3},
         {"restore_best": True},
         {"loader": iter([(X, Y)])},
         {"loader": (batch for batch in [(X, Y)])},

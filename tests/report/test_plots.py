@@ -133,6 +133,16 @@ def test_the_largest_layers_are_taken(net, report):
     assert [path_of(axes) for axes in spectra_figure(report.choices, net, most=2).axes] == ["1", "4"]
 
 
+@pytest.mark.parametrize("most", [0, -1, 2.5])
+def test_a_number_of_layers_below_one_is_refused(net, report, most):
+    for draw in (
+        lambda: candidates_figure(report.choices, most=most),
+        lambda: spectra_figure(report.choices, net, most),
+    ):
+        with pytest.raises(lnn.OptionError, match="plot: most must be"):
+            draw()
+
+
 def test_rank_rules_have_spectra_and_no_candidates(net, tmp_path):
     report = lnn.plan(net, X, lnn.LowRank(rank=lnn.Energy(0.5)))
     assert len(spectra_figure(report.choices, net).axes) == len([row for row in report.rows if row.replaced])
