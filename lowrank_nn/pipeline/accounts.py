@@ -12,6 +12,7 @@ from torch import nn
 from lowrank_nn.cost import compare_speed
 from lowrank_nn.graph import Recording, call_model, record
 from lowrank_nn.graph.fold import folded_norms
+from lowrank_nn.pipeline.batches import device_of
 from lowrank_nn.pipeline.dryrun import DryRun
 from lowrank_nn.pipeline.state import State
 from lowrank_nn.report import Latency, Report, make_report
@@ -36,7 +37,7 @@ def plan_report(start: State, planned: DryRun) -> Report:
     if planned.latency is None:
         return report
     before = after.dense_latency()
-    threads, device = torch.get_num_threads(), _device(start.dense)
+    threads, device = torch.get_num_threads(), str(device_of(start.dense))
     return dataclasses.replace(
         report, latency=Latency(before, planned.latency * before, 1 / planned.latency, threads, device)
     )
@@ -95,11 +96,7 @@ def measured_latency(dense: nn.Module, small: nn.Module, example_inputs: Any) ->
     copies = [copy.deepcopy(model).eval() for model in (dense, small)]  # a forward may change buffers
     with torch.no_grad():
         timing = compare_speed(*(_caller(model, example_inputs) for model in copies))
-    return Latency(timing.first, timing.second, timing.ratio, torch.get_num_threads(), _device(small))
-
-
-def _device(model: nn.Module) -> str:
-    return next((str(parameter.device) for parameter in model.parameters()), "cpu")
+    return Latency(timing.first, timing.second, timing.ratio, torch.get_num_threads(), str(device_of(small)))
 
 
 def _caller(model: nn.Module, example_inputs: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lowrank_nn.errors import CalibrationError, TrainingError
@@ -79,14 +79,19 @@ def _mapping_inputs(batch: Mapping[Any, Any], example_inputs: Any) -> tuple[Any,
     return inputs, found
 
 
-def read_calibration(calibration: Any, example_inputs: Any) -> Any:
+def read_calibration(calibration: Any, example_inputs: Any, device: torch.device) -> Any:
     """Return calibration data as something that can be gone through again, each batch read as one of training data.
+
+    Batches none of whose tensors are on ``device`` are moved there; others are left to their maker, since not every
+    argument of a model need be (lengths of sequences stay on the CPU).
 
     Raises:
         CalibrationError: They are nothing that can be gone through.
     """
-    if calibration is None or isinstance(calibration, Tensor):
-        return calibration
+    if calibration is None:
+        return None
+    if isinstance(calibration, Tensor):
+        return calibration.to(device)
     if isinstance(calibration, Mapping):
         calibration = [calibration]
     if not (hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")):
@@ -94,7 +99,7 @@ def read_calibration(calibration: Any, example_inputs: Any) -> Any:
             f"calibration must be an iterable of what the model is called with, got {type(calibration).__name__}. Pass "
             "a tensor (one batch), a list of batches or a DataLoader."
         )
-    return _Calibration(list(calibration) if isinstance(calibration, Iterator) else calibration, example_inputs)
+    return _Calibration(list(calibration) if isinstance(calibration, Iterator) else calibration, example_inputs, device)
 
 
 class _Calibration:
@@ -103,8 +108,8 @@ class _Calibration:
     Random generators of a loader are put back after each pass, so that the next one sees the same order.
     """
 
-    def __init__(self, batches: Any, example_inputs: Any) -> None:
-        self._batches, self._example_inputs = batches, example_inputs
+    def __init__(self, batches: Any, example_inputs: Any, device: torch.device) -> None:
+        self._batches, self._example_inputs, self._device = batches, example_inputs, device
 
     def __iter__(self) -> Iterator[Any]:
         states = [(generator, generator.get_state()) for generator in loader_generators(self._batches)]
@@ -118,6 +123,8 @@ class _Calibration:
         return len(self._batches)
 
     def _read(self, batch: Any) -> Any:
+        if all(tensor.device != self._device for tensor in tensors(batch)):
+            batch = to_device(batch, self._device)
         if isinstance(batch, Mapping):
             return ModelInputs(_mapping_inputs(batch, self._example_inputs)[0])
         if isinstance(self._example_inputs, Mapping):  # which has no order: that of the forward counts
@@ -136,6 +143,11 @@ def _target(value: Any = None) -> Tensor | None:
 
 def _is_container(value: Any) -> bool:
     return isinstance(value, (tuple, list, Mapping))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the first parameter of a model is; the CPU if there is none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def to_device(value: Any, device: torch.device) -> Any:

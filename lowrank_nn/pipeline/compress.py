@@ -19,7 +19,7 @@ from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.sites import refuse_opaque
 from lowrank_nn.graph.surgery import named_tensors
 from lowrank_nn.pipeline.accounts import measured_latency, plan_report, result_report
-from lowrank_nn.pipeline.batches import read_calibration
+from lowrank_nn.pipeline.batches import device_of, read_calibration
 from lowrank_nn.pipeline.copies import record_result, working_copy
 from lowrank_nn.pipeline.latency import dry_run_in_time
 from lowrank_nn.pipeline.random_state import preserved_random_state
@@ -99,7 +99,7 @@ def compress_model(
             which the smallest model is wanted, for which up to eight are compressed.
         calibration: Batches of inputs, labels in them ignored (a second item, or the entry ``labels``, ``label``,
             ``targets`` or ``target`` of a dict): what ranks, bits and filters are chosen by, layers fitted to, and
-            ranges of activations measured on.
+            ranges of activations measured on. Batches on another device than the model are moved to it.
         seed: Seed of everything random. The same inputs and seed give the same bits on the same machine.
         progress: Whether to show progress bars, on a terminal.
         measure_speed: Whether to time both models on ``example_inputs`` for the report; under a latency budget they are
@@ -168,7 +168,7 @@ def _start(
 ) -> State:
     """Return the state that a recipe starts from."""
     _check_budget(budget)
-    calibration = read_calibration(calibration, example_inputs)  # several steps may go through it
+    calibration = read_calibration(calibration, example_inputs, device_of(model))  # several steps may go through it
     with _own_modes(seed):
         refuse_opaque(model)
         if any(tensor.is_inference() for tensor in named_tensors(model).values()):

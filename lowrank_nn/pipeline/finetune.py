@@ -21,7 +21,7 @@ from lowrank_nn.graph import call_model
 from lowrank_nn.graph.sites import describe_paths
 from lowrank_nn.layers import BinaryLayer, QuantLayer
 from lowrank_nn.pipeline import distributed
-from lowrank_nn.pipeline.batches import logits_of, split_batch
+from lowrank_nn.pipeline.batches import device_of, logits_of, split_batch
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.pipeline.training import Trainer, modes_kept
 from lowrank_nn.planning import BatchLoss
@@ -158,7 +158,7 @@ class FineTune(Step):
         """
         if state.dry:
             return
-        device = next((p.device for p in state.model.parameters()), torch.device("cpu"))
+        device = device_of(state.model)
         distributed.join_processes(device)
         with trainable(state.model, state.dense):
             teacher = teacher_of(self.teacher or state.dense)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from lowrank_nn.errors import BudgetError, OptionError, PlanError
 from lowrank_nn.pipeline import distributed
+from lowrank_nn.pipeline.batches import device_of
 from lowrank_nn.pipeline.finetune import FineTune
 from lowrank_nn.pipeline.random_state import preserved_random_state
 from lowrank_nn.pipeline.result import Probe, Result
@@ -50,7 +51,7 @@ def smallest_within(start: State, steps: Sequence[Step], compress: Callable[[Sta
     assert budget is not None
     _refuse_what_cannot_be_searched(steps)
     if any(isinstance(step, FineTune) for step in steps):
-        distributed.join_processes(_device(start.dense))  # all processes are to see the same metrics
+        distributed.join_processes(device_of(start.dense))  # all processes are to see the same metrics
     if "latency" in (budget.of, *budget.shares()):
         start = start.with_clock()
     search = _Search(start, budget, compress)
@@ -136,8 +137,4 @@ def _metric(budget: Budget, model: nn.Module, seed: int) -> float:
     metric = as_metric(value)
     if not math.isfinite(metric):
         raise OptionError(f"Budget: evaluate must return one finite number, larger for a better model, got {value!r}.")
-    return distributed.mean_over_processes(metric, _device(model))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return distributed.mean_over_processes(metric, device_of(model))

@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import lowrank_nn as lnn
 from lowrank_nn.errors import CalibrationError, TrainingError
 from lowrank_nn.graph import call_model
+from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.pipeline.batches import loader_generators, logits_of, read_calibration, split_batch, to_device
 from lowrank_nn.planning.calibration import model_inputs
 
+CPU = torch.device("cpu")
 X, Z, Y = torch.randn(4, 3), torch.randn(4, 2), torch.arange(4)
 
 
@@ -103,7 +105,7 @@ def test_inputs_and_targets(batch, example_inputs, args, kwargs, targets):
     ],
 )
 def test_calibration_is_read_again_and_again(calibration, example_inputs, expected):
-    read, model = read_calibration(calibration, example_inputs), Catch()
+    read, model = read_calibration(calibration, example_inputs, CPU), Catch()
     if isinstance(expected, list):
         for _ in range(2):
             assert str([model_inputs(model, batch) for batch in read]) == str(expected)
@@ -138,7 +140,7 @@ def test_calibration_is_read_again_and_again(calibration, example_inputs, expect
 def test_the_table_of_the_guide(model, example_inputs, args, kwargs, batches):
     module = nn.Module()
     module.forward = model
-    for batch, read in zip(batches, read_calibration(batches, example_inputs), strict=True):
+    for batch, read in zip(batches, read_calibration(batches, example_inputs, CPU), strict=True):
         for inputs in (model_inputs(module, read), split_batch(batch, example_inputs)[0]):
             assert str(call_model(Catch(), inputs)) == str((args, kwargs))
 
@@ -146,16 +148,29 @@ def test_the_table_of_the_guide(model, example_inputs, args, kwargs, batches):
 def test_generators_of_a_calibration_loader_are_put_back():
     generator = torch.Generator().manual_seed(3)
     before = generator.get_state()
-    read = read_calibration(DataLoader(TensorDataset(X, Y), shuffle=True, generator=generator), X)
+    read = read_calibration(DataLoader(TensorDataset(X, Y), shuffle=True, generator=generator), X, CPU)
     first, _ = [batch.inputs[0] for batch in read], next(iter(read))
     assert torch.equal(generator.get_state(), before)
     assert all(map(torch.equal, first, [batch.inputs[0] for batch in read]))
     assert not torch.cat(first).equal(X)
 
 
+@pytest.mark.parametrize("calibration", [X, [X], [(X, Y)], [{"a": X, "labels": Y}], DataLoader(TensorDataset(X, Y), 2)])
+def test_calibration_moves_to_the_device_of_the_model(calibration):
+    batches = read_calibration(calibration, X, torch.device("meta"))
+    for batch in [batches] if isinstance(batches, torch.Tensor) else batches:
+        assert {tensor.device.type for tensor in tensors(batch)} == {"meta"}
+
+
+def test_a_batch_that_is_on_the_device_in_parts_stays_as_it_is():
+    batch = (X.to("meta"), Y)
+    (read,) = read_calibration([batch], batch, torch.device("meta"))
+    assert [tensor.device.type for tensor in tensors(read)] == ["meta", "cpu"]
+
+
 def test_calibration_that_is_no_iterable():
     with pytest.raises(CalibrationError, match=r"iterable of what the model is called with, got int.*a DataLoader"):
-        read_calibration(8, X)
+        read_calibration(8, X, CPU)
 
 
 class Scaled(nn.Module):
@@ -253,6 +268,14 @@ def test_to_device_keeps_every_container():
     assert batch["user"]["a"] is X
     assert batch["ordered"]["a"] is X
     assert torch.equal(to_device(packed, torch.device("cpu")).data, packed.data)
+
+
+@pytest.mark.cuda
+def test_a_model_on_a_gpu_takes_calibration_from_the_cpu():
+    model = nn.Sequential(nn.Linear(3, 32), nn.ReLU(), nn.Linear(32, 3)).cuda()
+    loader = DataLoader(TensorDataset(torch.randn(64, 3), torch.zeros(64)), 16)
+    result = lnn.compress_model(model, X.cuda(), budget=lnn.Budget(params=0.8), calibration=loader)
+    assert next(result.model.parameters()).is_cuda
 
 
 @pytest.mark.cuda
