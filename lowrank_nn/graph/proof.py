@@ -115,7 +115,8 @@ def _difference(trial: Trial, removals: Sequence[Removal], runs: Sequence[Run]) 
     try:
         comparisons = _compared(trial.model, removals, removals, runs)
         if any(comparison.undefined() for comparison in comparisons):
-            comparisons = _compared(trial.model, removals, [_readers(removal) for removal in removals], runs)
+            unread = _compared(trial.model, removals, [_readers(removal) for removal in removals], runs)
+            comparisons = [b if a.undefined() else a for a, b in zip(comparisons, unread, strict=True)]
     except _FailedError as error:
         return str(error)
     for (mode, _), comparison in zip(runs, comparisons, strict=True):
