@@ -193,6 +193,17 @@ def test_channels_in_the_place_of_space_that_a_kernel_of_one_passes(options):
     assert wide == {"b": 8}
 
 
+def test_heads_under_a_convolution_of_each_over_positions():
+    """As in Nystromformer: what is in a head lies along a dimension of space that the kernel passes."""
+
+    def middle(net, a, b):
+        heads = a.flatten(2).unflatten(1, (-1, 2)).movedim(2, 3)
+        mixed = F.conv2d(heads, net.taps, padding=(1, 0), groups=heads.shape[1])
+        return mixed.movedim(3, 2).reshape(a.shape)
+
+    assert free_units(middle, taps=nn.Parameter(torch.empty(4, 1, 3, 1))) == {"a": 4, "b": 8}
+
+
 FROZEN = {
     "softmax": (lambda net, a, b: a.softmax(1), "mixed by softmax in the model itself"),
     "norm of negative order": (lambda net, a, b: a.norm(-1, 1, keepdim=True), "mixed by norm"),

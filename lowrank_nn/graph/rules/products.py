@@ -42,7 +42,7 @@ def _convolution(spatial: int, transposed: bool) -> Any:
         weight, bias = call.labels(call.argument(1, "weight")), call.argument(2, "bias")
         groups = call.argument(6, "groups", 1)
         channel = len(call.first.shape) - spatial - 1
-        free = [channel + 1 + i for i in range(spatial) if _passes(call, weight.shape[2 + i], i, channel + 1 + i)]
+        free = [channel + 1 + index for index in range(spatial) if _passes(call, weight, channel, index)]
         mixed = [dim for dim in range(channel + 1, len(call.first.shape)) if dim not in free]
         flat = _channels_last(call.first, mix_all(call, call.first, mixed), [*range(channel), *free], channel)
         rows = (plane.reshape(plane.shape[:2]) for plane in mix_all(call, weight, range(2, 2 + spatial)))
@@ -61,11 +61,15 @@ for _spatial in (1, 2, 3):
     rule_for(f"conv_transpose{_spatial}d")(_convolution(_spatial, transposed=True))
 
 
-def _passes(call: Call, taps: int, index: int, dim: int) -> bool:
-    """Whether a convolution takes one position after the other along a dimension of space."""
-    stride = call.argument(3, "stride", 1)
+def _passes(call: Call, weight: Labels, channel: int, index: int) -> bool:
+    """Whether a convolution takes units along a dimension of space as they come, one position after the other.
+
+    Where units are pairs of a channel and a position (heads, and what is in them), it does not: it mixes channels.
+    """
+    dim, stride = channel + 1 + index, call.argument(3, "stride", 1)
     step = stride if isinstance(stride, int) else stride[index % len(stride)]
-    return taps == step == 1 and call.shapes[0][dim] == call.first.shape[dim]
+    alone = not any({channel, dim} <= support(plane) for plane in call.first.planes)
+    return alone and weight.shape[2 + index] == step == 1 and call.shapes[0][dim] == call.first.shape[dim]
 
 
 def _channels_last(labels: Labels, planes: Planes, leading: list[int], channel: int) -> Labels:
