@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
@@ -19,7 +19,7 @@ class SharedWidth:
     and channels go together.
 
     Attributes:
-        channels: Number of channels.
+        channels: Number of channels; of several widths that follow from each other, the least common multiple.
         sides: Each is made of that many: one group, or the groups that the heads of one attention are in. By name of
             the group, the channels of one of its units, the same for all of a side.
     """
@@ -84,10 +84,17 @@ def _wide(member: Member) -> int:
 
 
 def _joined(widths: Sequence[SharedWidth]) -> list[SharedWidth]:
-    """Return the same with the last one joined to those that have a group in common with it."""
+    """Return the same with the last one joined to those that have a group in common with it.
+
+    A group may stand for several widths (each stage of a pyramid repeats the channels of the one before): all are
+    counted in channels of their least common multiple.
+    """
     *others, last = widths
-    meets = [bool(width.names & last.names) for width in others]
-    sides = [side for width in itertools.compress(others, meets) for side in width.sides]
-    sides += [side for side in last.sides if side not in sides]
-    apart = [width for width, meeting in zip(others, meets, strict=True) if not meeting]
-    return [*apart, SharedWidth(last.channels, tuple(sides))]
+    meeting = [width for width in others if width.names & last.names]
+    channels = math.lcm(*(width.channels for width in (*meeting, last)))
+    sides: list[dict[str, int]] = []
+    for width in (*meeting, last):
+        times = channels // width.channels
+        scaled = [{name: wide * times for name, wide in side.items()} for side in width.sides]
+        sides += [side for side in scaled if side not in sides]
+    return [*(width for width in others if width not in meeting), SharedWidth(channels, tuple(sides))]

@@ -65,6 +65,30 @@ def test_one_width_is_found(joined):
     assert sorted(tuple(side.values()) for side in width.sides) == [(1,), (6,), (6,)]
 
 
+class Pyramid(nn.Module):
+    """The second stage has the channels of the first one twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 24), nn.Linear(48, 4)
+        self.first, self.second = Attention(24, 4, True), Attention(48, 8, True)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = x + self.first(x)
+        x = torch.cat([x, x], -1)
+        return self.head((x + self.second(x)).mean(1))
+
+
+def test_widths_that_follow_from_each_other_are_counted_alike():
+    model = seeded(lambda: (Pyramid(), None))()[0]
+    (width,) = widths_of(model)
+    assert width.channels == 48
+    assert sorted(tuple(side.values()) for side in width.sides) == [(2,), (6,), (12,)]
+    small = lnn.compress_model(model, X, [lnn.Prune(0.25, granularity="filter")]).model
+    assert (small.embed.out_features, small.first.num_heads, small.second.num_heads) == (18, 3, 6)
+
+
 def test_linear_layers_of_the_same_width_do_not_share_it():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     assert widths_of(model) == []
