@@ -6,18 +6,36 @@ import hypothesis
 import pytest
 import torch
 
+from tests.pretend_device import pretend_device
+
 # The suite must give the same verdict on every run; `--hypothesis-profile=nightly` looks further, at random.
 hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=25, database=None)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=500)
 hypothesis.settings.load_profile("default")
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
+def pytest_addoption(parser):
+    about = "run the tests marked cuda on a device that only pretends to be one"
+    parser.addoption("--pretend-device", action="store_true", help=about)
+
+
+def pytest_configure(config):
+    if config.getoption("--pretend-device"):
+        pretend_device()  # ahead of the first backward, which starts a thread for every device there is
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available() or config.getoption("--pretend-device"):
         return
     for item in items:
         if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="no CUDA device, and no --pretend-device"))
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """The accelerator of tests marked cuda."""
+    return pretend_device() if request.config.getoption("--pretend-device") else torch.device("cuda:0")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import lowrank_nn
 
 ROOT = Path(lowrank_nn.__file__).parent
 LEVELS = [
-    {"errors"},
+    {"errors", "accelerator"},
     {"decompose"},
     {"cost"},
     {"layers"},

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lowrank_nn.accelerator import used_accelerator
+
 
 class Timing(NamedTuple):
     """Times of two callables run in turn.
@@ -56,5 +58,5 @@ def _milliseconds(call: Callable[[], Any]) -> float:
 
 
 def _wait() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
+    if used_accelerator() is not None:
+        torch.accelerator.synchronize()

@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 import torch
 from typing_extensions import Self
 
+from lowrank_nn.accelerator import device_types
+
 Item = TypeVar("Item")
 
 
@@ -105,7 +107,7 @@ def settings_of_this_thread(intraop_threads: int | None = None) -> Callable[[], 
         intraop_threads: Threads that one operation may use there; None for as many as here.
     """
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in device_types() if torch.is_autocast_enabled(kind)]
     device = torch.get_default_device()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lowrank_nn.accelerator import generators_kept
+
 MODULE_TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 """Names of the dicts that every module keeps: parameters, buffers, children and hooks."""
 
@@ -60,10 +62,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def untouched_process() -> Iterator[None]:
     """Run a block without gradients; restore what :func:`untouched` says of the process, however it ends."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's forward may draw
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    with warnings.catch_warnings(), torch.random.fork_rng(devices), torch.no_grad():
+    with warnings.catch_warnings(), generators_kept(), torch.no_grad():
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_nn.accelerator import generators_kept
 from lowrank_nn.errors import CalibrationError, OptionError
 from lowrank_nn.layers import PrunedConv2d, PrunedLayer
 
@@ -142,12 +143,11 @@ def _undisturbed(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    devices = sorted({p.device.index for p, _ in flags if p.is_cuda})
     try:
         model.eval().requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with generators_kept(), torch.enable_grad():
             yield
     finally:
         for module, training in modes:

@@ -29,14 +29,14 @@ Check = Callable[[type[CompressedLayer], Case], None]
 SLOW_CHECKS: tuple[Check, ...] = (checks_module.check_export, checks_module.check_compile)
 """Checks that take about a second each."""
 
-CUDA_CHECKS: tuple[Check, ...] = (checks_function.check_cuda,)
-"""Checks that need a CUDA device."""
+ACCELERATOR_CHECKS: tuple[Check, ...] = (checks_function.check_accelerator,)
+"""Checks that need an accelerator, as ``torch.accelerator`` finds it."""
 
 CHECKS: tuple[Check, ...] = tuple(
     check
     for module in (checks_function, checks_source, checks_metric, checks_module, checks_training)
     for name, check in vars(module).items()
-    if name.startswith("check_") and check not in SLOW_CHECKS + CUDA_CHECKS
+    if name.startswith("check_") and check not in SLOW_CHECKS + ACCELERATOR_CHECKS
 )
 """The checks of the contract; the docstring of each is the promise it holds a class to."""
 
@@ -52,7 +52,8 @@ def layer_checks(
     Args:
         classes: Compressed classes; all registered ones by default.
         cases: Dense layers to check them on.
-        checks: Functions of a class and a case: :data:`CHECKS`, :data:`SLOW_CHECKS`, :data:`CUDA_CHECKS` or yours.
+        checks: Functions of a class and a case: :data:`CHECKS`, :data:`SLOW_CHECKS`, :data:`ACCELERATOR_CHECKS` or
+            yours.
     """
     cases, checks = tuple(cases), tuple(checks)
     for cls in tuple(LAYERS.values() if classes is None else classes):

@@ -34,6 +34,11 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def weight_error(layer: CompressedLayer, case: Case) -> float:
+    """Return the relative error of the layer's weight as an approximation of the case's."""
+    return relative_error(layer.dense_weight().cpu(), case.layer().get_parameter("weight"))
+
+
 def expect_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
     """Require a relative error of at most ``tolerance``."""
     error = relative_error(actual, expected)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
 
 from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.testing._tools import (
@@ -19,6 +18,7 @@ from lowrank_nn.testing._tools import (
     expect_close,
     options_for,
     storages,
+    weight_error,
 )
 from lowrank_nn.testing.cases import Case
 
@@ -88,8 +88,7 @@ def check_fixed_point(cls: type[CompressedLayer], case: Case) -> None:
 
 def check_error_below_one(cls: type[CompressedLayer], case: Case) -> None:
     """The usual options lose less than all of the weight: the relative error is below 1."""
-    source = case.layer().get_parameter("weight").detach().double()
-    error = float((built(cls, case).dense_weight().detach().double() - source).norm() / source.norm())
+    error = weight_error(built(cls, case), case)
     expect(error < 1, f"the relative error of the weight at usual options is {error:.2f}")
 
 
@@ -119,19 +118,20 @@ def check_casts(cls: type[CompressedLayer], case: Case) -> None:
         expect_close(y, expected, TOLERANCE[torch.bfloat16], "autocast: output")
 
 
-def check_cuda(cls: type[CompressedLayer], case: Case) -> None:
-    """Built from a layer on a GPU it stays there, and computes what the one built on the CPU computes."""
-    dense = case.layer().cuda()
-    layer = compress(cls, dense, options_for(cls, case, dense))
-    devices = {t.device.type for t in layer.state_dict().values()}
-    expect(devices == {"cuda"}, f"tensors are on {sorted(devices)}, expected cuda")
-    x = case.input().cuda()
+def check_accelerator(cls: type[CompressedLayer], case: Case) -> None:
+    """Built from a layer on a GPU it stays there and is as near to the layer; moved there it computes the same."""
+    device = torch.accelerator.current_accelerator()
+    expect(device is not None, "torch finds no accelerator")
+    dense, x = case.layer().to(device), case.input().to(device)
+    layer, on_cpu = compress(cls, dense, options_for(cls, case, dense)), built(cls, case)
+    places = {tensor.device for tensor in layer.state_dict().values()}
+    expect(places == {x.device}, f"tensors are on {sorted(map(str, places))}, expected {x.device}")
+    # Searches may end in another optimum where the arithmetic is another.
+    error, error_on_cpu = weight_error(layer, case), weight_error(on_cpu, case)
+    expect(abs(error - error_on_cpu) <= 0.05, f"the weight's error is {error:.3g}, built on the CPU {error_on_cpu:.3g}")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        expect_acts_as_dense_weight(layer, case, x, TOLERANCE[case.dtype], "cuda")
-        y = layer(x)
-    expect(y.device == x.device, f"output device {y.device}, expected {x.device}")
-    on_cpu = built(cls, case)
-    tolerance = max(TOLERANCE[case.dtype], 1e-4)
-    expect_close(layer.dense_weight().cpu(), on_cpu.dense_weight(), tolerance, "dense_weight() on cuda against cpu")
-    moved: nn.Module = copy.deepcopy(on_cpu).cuda()
-    expect_close(moved(x).cpu(), on_cpu(case.input()), tolerance, "the layer moved to cuda against cpu")
+        tolerance = max(TOLERANCE[case.dtype], 1e-4)
+        y, moved = layer(x), copy.deepcopy(on_cpu).to(device)
+        expect(y.device == x.device, f"output device {y.device}, expected {x.device}")
+        expect_close(y.cpu(), copy.deepcopy(layer).cpu()(case.input()), tolerance, "output against that on the cpu")
+        expect_close(moved(x).cpu(), on_cpu(case.input()), tolerance, "output of the layer moved to the device")

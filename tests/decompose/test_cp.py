@@ -251,9 +251,8 @@ def test_meta_tensors_give_shapes():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", [(20, 16, 9), (12, 10, 3, 3)])
-def test_cuda(shape):
+def test_cuda(shape, device):
     tensor = random_tensor(*shape, dtype=torch.float32)
-    factors = [factor.cpu() for factor in cp(tensor.cuda(), 6)]
+    factors = [factor.cpu() for factor in cp(tensor.to(device), 6)]
     assert relative_error(factors, tensor) == pytest.approx(relative_error(cp(tensor, 6), tensor), rel=1e-3)

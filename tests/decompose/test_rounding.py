@@ -134,7 +134,7 @@ def test_what_is_no_covariance_is_refused(wrong):
 
 
 @pytest.mark.cuda
-def test_it_is_the_same_on_cuda():
+def test_it_is_the_same_on_cuda(device):
     points, covariance = problem(2, 5, BLOCK + 10)
-    rounded = round_jointly(points.cuda(), covariance.cuda(), *bounds(-3, 3))
+    rounded = round_jointly(points.to(device), covariance.to(device), *bounds(-3, 3))
     torch.testing.assert_close(rounded.cpu(), round_jointly(points, covariance, *bounds(-3, 3)))

@@ -229,10 +229,10 @@ def test_under_a_product_metric_one_bond_has_a_closed_form(rank):
 
 
 @pytest.mark.cuda
-def test_on_a_gpu():
+def test_on_a_gpu(device):
     tensor = random_tensor((6, 3, 4, 8), dtype=torch.float32)
-    on_gpu, on_cpu = tensor_train(tensor.cuda(), (3, 5, 4)), tensor_train(tensor, (3, 5, 4))
-    assert all(core.is_cuda for core in on_gpu)
+    on_gpu, on_cpu = tensor_train(tensor.to(device), (3, 5, 4)), tensor_train(tensor, (3, 5, 4))
+    assert all(core.device == device for core in on_gpu)
     torch.testing.assert_close(tt_tensor(on_gpu).cpu(), tt_tensor(on_cpu), rtol=0, atol=1e-3)
-    errors = tensor_train_errors(tensor.cuda(), [[1, 3], [2], [1, 4]])
+    errors = tensor_train_errors(tensor.to(device), [[1, 3], [2], [1, 4]])
     torch.testing.assert_close(errors.cpu(), tensor_train_errors(tensor, [[1, 3], [2], [1, 4]]), rtol=1e-4, atol=0)

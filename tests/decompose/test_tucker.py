@@ -185,11 +185,10 @@ def test_meta_tensors_give_shapes():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda():
+def test_cuda(device):
     kernel = trained_like(32).float()
     expected = squared_error(tucker2(kernel, (12, 16)), kernel)
-    core, out_factor, in_factor = tucker2(kernel.cuda(), (12, 16))
-    assert core.is_cuda
+    core, out_factor, in_factor = tucker2(kernel.to(device), (12, 16))
+    assert core.device == device
     assert squared_error((core.cpu(), out_factor.cpu(), in_factor.cpu()), kernel) == pytest.approx(expected, rel=1e-4)
-    torch.testing.assert_close(tucker2_errors(kernel.cuda()).cpu(), tucker2_errors(kernel), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(tucker2_errors(kernel.to(device)).cpu(), tucker2_errors(kernel), rtol=1e-4, atol=1e-6)

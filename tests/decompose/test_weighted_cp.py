@@ -325,15 +325,14 @@ def test_meta_tensors_give_shapes():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", [(20, 16, 9), (12, 10, 3, 3)])
-def test_cuda(shape):
+def test_cuda(shape, device):
     weight = kernel(*shape, dtype=torch.float32)
     metric = random_metric(1, shape[0], weight[0].numel())
-    there = Metric(metric.covariance.cuda(), metric.mean.cuda(), metric.curvature.cuda())
-    found = [factor.cpu() for factor in weighted_cp(weight.cuda(), there, 6)]
+    there = Metric(metric.covariance.to(device), metric.mean.to(device), metric.curvature.to(device))
+    found = [factor.cpu() for factor in weighted_cp(weight.to(device), there, 6)]
     expected = relative_error(weighted_cp(weight, metric, 6), weight, metric)
     assert relative_error(found, weight, metric) == pytest.approx(expected, rel=0.02)
-    assert weighted_cp_errors(weight.cuda(), there, [3]) == pytest.approx(
+    assert weighted_cp_errors(weight.to(device), there, [3]) == pytest.approx(
         weighted_cp_errors(weight, metric, [3]), rel=0.02
     )

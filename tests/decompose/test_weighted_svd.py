@@ -183,10 +183,9 @@ def test_meta_tensors_give_shapes():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda():
+def test_cuda(device):
     weight, metric = random_problem((6, 11), 2)
-    there = Metric(metric.covariance.cuda(), metric.mean.cuda(), metric.curvature.cuda())
-    on_gpu = product(weighted_svd(weight.cuda(), there, 3))
-    assert on_gpu.is_cuda
+    there = Metric(metric.covariance.to(device), metric.mean.to(device), metric.curvature.to(device))
+    on_gpu = product(weighted_svd(weight.to(device), there, 3))
+    assert on_gpu.device == device
     torch.testing.assert_close(on_gpu.cpu(), product(weighted_svd(weight, metric, 3)), rtol=1e-6, atol=1e-8)

@@ -345,14 +345,13 @@ def test_meta_tensors_give_shapes():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda():
+def test_cuda(device):
     weight, metric = problem(groups=2)
-    there = Metric(metric.covariance.cuda(), metric.mean.cuda(), metric.curvature.cuda())
-    factors = weighted_tucker2(weight.cuda(), there, (3, 2))
-    assert factors.core.is_cuda
+    there = Metric(metric.covariance.to(device), metric.mean.to(device), metric.curvature.to(device))
+    factors = weighted_tucker2(weight.to(device), there, (3, 2))
+    assert factors.core.device == device
     error = metric.error(weight - dense(factors).cpu())
     assert error == pytest.approx(metric.error(weight - dense(weighted_tucker2(weight, metric, (3, 2)))), rel=1e-3)
     torch.testing.assert_close(
-        weighted_tucker2_errors(weight.cuda(), there, [1, 3]).cpu(), weighted_tucker2_errors(weight, metric, [1, 3])
+        weighted_tucker2_errors(weight.to(device), there, [1, 3]).cpu(), weighted_tucker2_errors(weight, metric, [1, 3])
     )

@@ -223,8 +223,7 @@ def test_compiles_without_breaks():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_same_on_cuda():
+def test_same_on_cuda(device):
     student, teacher, targets = randn(4, 5, 3), randn(4, 5, 3, seed=1), torch.zeros(4, 3, dtype=torch.int64)
-    loss = distill_loss(student.cuda(), teacher.cuda(), targets.cuda())
+    loss = distill_loss(student.to(device), teacher.to(device), targets.to(device))
     torch.testing.assert_close(loss.cpu(), distill_loss(student, teacher, targets))

@@ -187,9 +187,9 @@ def test_extremes_are_those_of_all_batches_by_channel():
 
 
 @pytest.mark.cuda
-def test_cuda():
+def test_cuda(device):
     model = high(Chain(nn.ReLU()))
-    small, paths, _ = absorbed(model.cuda(), X.cuda())
+    small, paths, _ = absorbed(model.to(device), X.to(device))
     assert paths == ("first",)
-    assert small.first.bias.is_cuda
-    assert_same_function(model, small, X.cuda())
+    assert small.first.bias.device == device
+    assert_same_function(model, small, X.to(device))

@@ -328,8 +328,8 @@ def test_errors():
 
 
 @pytest.mark.cuda
-def test_cuda():
+def test_cuda(device):
     model = uneven(chain(relu))
-    equal = lnn.equalize(model.cuda(), X.cuda())
-    assert equal.first.weight.is_cuda
-    assert_same_function(model, equal, X.cuda(), 1e-4)
+    equal = lnn.equalize(model.to(device), X.to(device))
+    assert equal.first.weight.device == device
+    assert_same_function(model, equal, X.to(device), 1e-4)

@@ -250,11 +250,11 @@ def test_agreement(expected, got, agree):
 
 
 @pytest.mark.cuda
-def test_cuda():
+def test_cuda(device):
     model, x = seeded(lambda: (settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), X))()
-    folded = fold_batchnorm(model.cuda(), x.cuda())
-    assert folded[0].bias.is_cuda
-    assert_same_function(model, folded, x.cuda(), 1e-4)
+    folded = fold_batchnorm(model.to(device), x.to(device))
+    assert folded[0].bias.device == device
+    assert_same_function(model, folded, x.to(device), 1e-4)
 
 
 class NeedsItsNorm(nn.Module):

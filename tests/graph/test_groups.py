@@ -256,9 +256,9 @@ def test_on_the_meta_device():
 
 
 @pytest.mark.cuda
-def test_on_cuda():
+def test_on_cuda(device):
     model, inputs = ZOO["vit"]()
-    assert find_groups(copy.deepcopy(model).cuda(), inputs.cuda()) == find_groups(model, inputs)
+    assert find_groups(copy.deepcopy(model).to(device), inputs.to(device)) == find_groups(model, inputs)
 
 
 class BatchAsChannels(nn.Module):

@@ -63,9 +63,10 @@ def fingerprint(model):
         hooks = [list(table.items()) for name, table in vars(module).items() if name.endswith("_hooks")]
         own = [repr(value) for value in vars(module).values() if type(value) in (dict, list)]
         modules[path] = (id(module), module.training, tensors, attributes, own, hooks, list(module._modules), flags)
+    accelerator_states = [torch.get_device_module().get_rng_state()] if torch.accelerator.is_available() else []
     process = (
         torch.get_rng_state().numpy().tobytes(),
-        [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        [bits.tolist() for bits in accelerator_states],
         random.getstate(),
         np.random.get_state()[1].tobytes(),  # noqa: NPY002
         torch.is_grad_enabled(),
@@ -151,15 +152,15 @@ def test_the_forward_runs_in_eval_mode_without_gradients():
 
 
 @pytest.mark.cuda
-def test_untouched_on_cuda():
-    model = Restless(device="cuda")
-    x = torch.randn(3, 4, device="cuda")
+def test_untouched_on_cuda(device):
+    model = Restless(device=device)
+    x = torch.randn(3, 4, device=device)
     before = fingerprint(model)
     record(model, x)
     assert fingerprint(model) == before
 
 
 @pytest.mark.cuda
-def test_inputs_on_another_device_say_so():
+def test_inputs_on_another_device_say_so(device):
     with pytest.raises(PlanError, match=r"cpu\): RuntimeError"):
-        record(nn.Linear(3, 3, device="cuda"), torch.zeros(1, 3))
+        record(nn.Linear(3, 3, device=device), torch.zeros(1, 3))

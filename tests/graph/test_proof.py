@@ -276,9 +276,9 @@ def test_no_removals_no_work():
 
 
 @pytest.mark.cuda
-def test_on_cuda():
-    model = plain().cuda()
-    assert len(prove(model, removals_of(model, 1), X.cuda()).proven) == 3
+def test_on_cuda(device):
+    model = plain().to(device)
+    assert len(prove(model, removals_of(model, 1), X.to(device)).proven) == 3
 
 
 class Normalised(nn.Module):

@@ -183,7 +183,7 @@ def test_a_real_model():
 
 
 @pytest.mark.cuda
-def test_on_a_cuda_device():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).cuda()
-    (profile,) = time_in_place([(model, ["0", "2"])], torch.ones(2, 3, 12, 12, device="cuda"))
+def test_on_a_cuda_device(device):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).to(device)
+    (profile,) = time_in_place([(model, ["0", "2"])], torch.ones(2, 3, 12, 12, device=device))
     assert profile.total > profile.calls["0"][0] > 0

@@ -177,10 +177,10 @@ def test_accumulators_are_wide_enough():
 
 
 @pytest.mark.cuda
-def test_integer_product_is_exact_on_cuda():
+def test_integer_product_is_exact_on_cuda(device):
     x = torch.randint(0, 256, (2, 9, 300), dtype=torch.uint8)
     w = torch.randint(-128, 128, (2, 300, 5), dtype=torch.int8)
     zeros = torch.tensor(17, dtype=torch.int32), torch.tensor(-5, dtype=torch.int32)
     expected = integer_product(x, w, *zeros, torch.int32)
-    actual = integer_product(x.cuda(), w.cuda(), *(z.cuda() for z in zeros), torch.int32)
+    actual = integer_product(x.to(device), w.to(device), *(z.to(device) for z in zeros), torch.int32)
     assert torch.equal(actual.cpu(), expected)

@@ -181,8 +181,8 @@ def test_other_options_go_with_integers():
 
 
 @pytest.mark.cuda
-def test_simulated_on_cuda():
+def test_simulated_on_cuda(device):
     layer, x = BFloat16Conv2d.from_pretrained_layer(dense_conv(torch.float32, kernel_size=3)).eval(), randn(1, 4, 6, 6)
     expected = layer.simulate(x)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.to(device)(x.to(device)).cpu(), expected, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from torch import nn
 import lowrank_nn as lnn
 from lowrank_nn.cost import fourier_macs
 from lowrank_nn.storage import stored_bytes
-from lowrank_nn.testing import CHECKS, CUDA_CHECKS, SLOW_CHECKS, Case, layer_checks, run_check
+from lowrank_nn.testing import ACCELERATOR_CHECKS, CHECKS, SLOW_CHECKS, Case, layer_checks, run_check
 
 
 def dense_by_hand(values, rows, columns):
@@ -91,8 +91,8 @@ def test_contract_through_the_fourier_transform(cls, case, check):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: f"{case.name}-{case.options['block_size']}")
-def test_contract_on_cuda(case):
-    assert run_check(lnn.CirculantLinear, case, CUDA_CHECKS[0])
+def test_contract_on_cuda(case, device):
+    assert run_check(lnn.CirculantLinear, case, ACCELERATOR_CHECKS[0])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 100, 1000])

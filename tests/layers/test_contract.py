@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_nn.layers import LAYERS
-from lowrank_nn.testing import CASES, CHECKS, CUDA_CHECKS, SLOW_CHECKS, layer_checks, refuses, run_check
+from lowrank_nn.testing import ACCELERATOR_CHECKS, CASES, CHECKS, SLOW_CHECKS, layer_checks, refuses, run_check
 from lowrank_nn.testing._tools import built
 from lowrank_nn.testing.checks_module import check_export
 
@@ -127,8 +127,8 @@ def test_slow_promise(cls, case, check):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(("cls", "case", "check"), contract(CUDA_CHECKS))
-def test_cuda_promise(cls, case, check):
+@pytest.mark.parametrize(("cls", "case", "check"), contract(ACCELERATOR_CHECKS))
+def test_promise_on_a_gpu(cls, case, check, device):
     assert run_check(cls, case, check), "refused, and not in REFUSED"
 
 
@@ -159,14 +159,14 @@ def test_tables_name_things_that_exist():
     assert set(KNOWN_EXCEPTIONS) <= set(LAYERS) | variants
     assert set(VARIED) <= names
     assert {check for checks in KNOWN_EXCEPTIONS.values() for check in checks} <= {
-        check.__name__ for check in CHECKS + SLOW_CHECKS + CUDA_CHECKS
+        check.__name__ for check in CHECKS + SLOW_CHECKS + ACCELERATOR_CHECKS
     }
 
 
 def test_every_class_has_cases_and_every_check_a_promise():
     kinds = {case.kind for case in CASES}
     assert all(cls.replaces in kinds for cls in LAYERS.values())
-    assert all(check.__doc__ for check in CHECKS + SLOW_CHECKS + CUDA_CHECKS)
+    assert all(check.__doc__ for check in CHECKS + SLOW_CHECKS + ACCELERATOR_CHECKS)
 
 
 def state_keys():

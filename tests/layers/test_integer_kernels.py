@@ -230,10 +230,10 @@ def test_kernels_that_saturate_are_found_out(monkeypatch):
 
 
 @pytest.mark.cuda
-def test_simulated_on_cuda(pair):
+def test_simulated_on_cuda(pair, device):
     layer, x = pair
     with torch.no_grad():
-        torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), layer.cpu()(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.to(device)(x.to(device)).cpu(), layer.cpu()(x), rtol=1e-4, atol=1e-4)
 
 
 # --- Packed weights -----------------------------------------------------------------------------------------------

@@ -97,9 +97,9 @@ def test_integer_forward_keeps_the_dtype_and_is_forward_up_to_its_rounding(dtype
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_integers_on_cuda_are_those_on_the_cpu(scheme):
+def test_integers_on_cuda_are_those_on_the_cpu(scheme, device):
     x = randn(2, 4, 11, 9, dtype=torch.float32)
     dense = dense_conv(kernel_size=3, padding=1, groups=2, dtype=torch.float32)
     layer = QuantConv2d.from_pretrained_layer(dense, scheme=scheme, activation_bits=8, inputs=x)
     expected = layer.integer_accumulators(x)
-    assert torch.equal(layer.cuda().integer_accumulators(x.cuda()).cpu(), expected)
+    assert torch.equal(layer.to(device).integer_accumulators(x.to(device)).cpu(), expected)

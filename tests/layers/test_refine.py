@@ -175,12 +175,11 @@ def test_no_side_effects():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_layer_and_metric_on_different_devices():
+def test_layer_and_metric_on_different_devices(device):
     dense = dense_linear()
     metric = random_metric(dense)
-    layer = sandwich().cuda()
+    layer = sandwich().to(device)
     before = error(layer.cpu(), dense.weight, metric)
-    layer.cuda()
-    refine_(layer, dense.weight.cuda(), Metric(metric.covariance, metric.mean, metric.curvature))
+    layer.to(device)
+    refine_(layer, dense.weight.to(device), Metric(metric.covariance, metric.mean, metric.curvature))
     assert error(layer.cpu(), dense.weight, metric) < before

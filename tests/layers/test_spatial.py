@@ -240,10 +240,10 @@ def test_refitting_follows_weight_and_metric(rank):
 
 
 @pytest.mark.cuda
-def test_fit_under_a_metric_on_a_gpu():
+def test_fit_under_a_metric_on_a_gpu(device):
     layer = dense_conv(in_channels=6, kernel_size=3, groups=2)
     metric = random_metric(layer)
     on_cpu = SpatialSVDConv2d.from_pretrained_layer(layer, rank=3, metric=metric)
-    on_gpu = SpatialSVDConv2d.from_pretrained_layer(layer.cuda(), rank=3, metric=metric)
-    assert on_gpu.weight.is_cuda
+    on_gpu = SpatialSVDConv2d.from_pretrained_layer(layer.to(device), rank=3, metric=metric)
+    assert on_gpu.weight.device == device
     torch.testing.assert_close(on_gpu.weight.cpu(), on_cpu.weight, rtol=1e-6, atol=1e-6)

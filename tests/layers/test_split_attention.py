@@ -256,10 +256,10 @@ def test_exports():
 
 
 @pytest.mark.cuda
-def test_on_cuda():
+def test_on_cuda(device):
     layer = make(add_bias_kv=True, add_zero_attn=True)
-    twin, x = split(layer).cuda(), inputs(layer)
+    twin, x = split(layer).to(device), inputs(layer)
     expected = layer(*x, key_padding_mask=PADDING)[0]
     torch.testing.assert_close(
-        twin(*(t.cuda() for t in x), key_padding_mask=PADDING.cuda())[0].cpu(), expected, atol=1e-4, rtol=1e-4
+        twin(*(t.to(device) for t in x), key_padding_mask=PADDING.to(device))[0].cpu(), expected, atol=1e-4, rtol=1e-4
     )

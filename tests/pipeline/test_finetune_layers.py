@@ -105,14 +105,15 @@ def test_zoo(name):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("pin", [False, True])
-def test_batches_on_the_cpu_and_the_model_on_cuda(pin):
-    model = make_net().cuda()
+def test_batches_on_the_cpu_and_the_model_on_cuda(pin, device):
+    model = make_net().to(device)
     loader = DataLoader(TensorDataset(X, Y), batch_size=8, shuffle=True, pin_memory=pin)
-    state = torch.cuda.get_rng_state()
+    random = torch.get_device_module(device)
+    state = random.get_rng_state()
     steps = [TUCKER, lnn.Quantize("int8"), lnn.FineTune(loader, 3, lr=3e-3, guidance=["conv2"])]
-    result = lnn.compress_model(model, X[:2].cuda(), steps, progress=False).model
-    assert all(p.is_cuda for p in result.parameters())
-    assert torch.equal(state, torch.cuda.get_rng_state())
+    result = lnn.compress_model(model, X[:2].to(device), steps, progress=False).model
+    assert all(p.device == device for p in result.parameters())
+    assert torch.equal(state, random.get_rng_state())
 
 
 def test_real_network_gets_better(data_dir):

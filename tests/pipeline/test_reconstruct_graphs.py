@@ -217,9 +217,9 @@ def test_errors_and_interrupts(monkeypatch):
 
 
 @pytest.mark.cuda
-def test_on_cuda():
+def test_on_cuda(device):
     torch.manual_seed(0)
-    dense, x = Residual().eval().cuda(), images(32, 3, 8).cuda()
+    dense, x = Residual().eval().to(device), images(32, 3, 8).to(device)
     small = compressed(dense, dict.fromkeys(("one", "two"), (TuckerConv2d, (3, 3))))
     before = error(dense, small, [x])
     reconstruct(dense, small, [x], ["one", "two"], links=find_links(dense, x))

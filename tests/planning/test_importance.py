@@ -167,11 +167,11 @@ def test_own_functions_and_errors(net):
 
 
 @pytest.mark.cuda
-def test_on_cuda(net):
+def test_on_cuda(net, device):
     expected = scores(net, "activation", calibration=[X])
-    found = scores(net.cuda(), "activation", calibration=[X.cuda()])
+    found = scores(net.to(device), "activation", calibration=[X.to(device)])
     np.testing.assert_allclose(found["0"], expected["0"], rtol=1e-4)
-    assert scores(net, "taylor", batches=[(X.cuda(), Y.cuda())], loss=loss).keys() == {"0", "3"}
+    assert scores(net, "taylor", batches=[(X.to(device), Y.to(device))], loss=loss).keys() == {"0", "3"}
 
 
 def test_ties_go_from_the_end():

@@ -114,13 +114,13 @@ def test_dead_inputs_leave_an_invertible_metric():
 
 
 @pytest.mark.cuda
-def test_cuda_gives_what_the_cpu_gives():
+def test_cuda_gives_what_the_cpu_gives(device):
     model, x = seeded(large), randn(8, 3, 23, 23)
     on_cpu = collect_metrics(model, x.split(3), ["0", "2", "4"])
-    on_cuda = collect_metrics(model.cuda(), x.cuda().split(3), ["0", "2", "4"])
-    assert all(m.covariance.is_cuda and m.mean.is_cuda and m.curvature.is_cuda for m in on_cuda.values())
+    there = collect_metrics(model.to(device), x.to(device).split(3), ["0", "2", "4"])
+    assert {t.device for m in there.values() for t in (m.covariance, m.mean, m.curvature)} == {device}
     moved = {
         path: type(metric)(metric.covariance.cpu(), metric.mean.cpu(), metric.curvature.cpu())
-        for path, metric in on_cuda.items()
+        for path, metric in there.items()
     }
     same(on_cpu, moved, rtol=1e-6)

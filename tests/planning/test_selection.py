@@ -215,11 +215,11 @@ def test_obs_of_several_readers_adds_their_costs():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("select", [lasso_scores, greedy_scores, obs_scores])
-def test_cuda(select):
+def test_cuda(select, device):
     case = Case()
     reader = Reader(
-        *(tensor.cuda() for tensor in (case.reader.weight, case.reader.covariance, case.reader.curvature)),
-        case.features.cuda(),
+        *(tensor.to(device) for tensor in (case.reader.weight, case.reader.covariance, case.reader.curvature)),
+        case.features.to(device),
     )
     torch.testing.assert_close(select([reader]).cpu(), select([case.reader]), rtol=1e-5, atol=0)
 

@@ -155,7 +155,7 @@ def test_the_command_line_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.cuda
-def test_a_file_from_the_gpu(tmp_path):
-    save(compressed_net().cuda(), tmp_path / "a.lrnn")
+def test_a_file_from_the_gpu(tmp_path, device):
+    save(compressed_net().to(device), tmp_path / "a.lrnn")
     save(compressed_net(), tmp_path / "b.lrnn")
     assert str(inspect(tmp_path / "a.lrnn")).replace("a.lrnn", "b.lrnn") == str(inspect(tmp_path / "b.lrnn"))

@@ -322,13 +322,13 @@ def test_onto_a_model_on_the_meta_device(tmp_path):
 
 
 @pytest.mark.cuda
-def test_devices(tmp_path):
+def test_devices(tmp_path, device):
     net = compressed_net()
     size = save(net, tmp_path / "a.lrnn")
-    on_gpu = load(tmp_path / "a.lrnn", SmallNet().cuda())
-    assert {t.device.type for t in on_gpu.state_dict().values()} == {"cuda"}
+    on_gpu = load(tmp_path / "a.lrnn", SmallNet().to(device))
+    assert {t.device for t in on_gpu.state_dict().values()} == {device}
     assert_same_state(on_gpu, net)
-    assert_same_state(load(tmp_path / "a.lrnn", SmallNet(), device="cuda"), net)
+    assert_same_state(load(tmp_path / "a.lrnn", SmallNet(), device=device), net)
     assert save(on_gpu, tmp_path / "b.lrnn") == size
     assert (tmp_path / "a.lrnn").read_bytes() == (tmp_path / "b.lrnn").read_bytes()
 
