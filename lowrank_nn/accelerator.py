@@ -31,3 +31,12 @@ def device_types() -> list[str]:
     """Return the types of the devices that may be in use, such as ``["cpu", "cuda"]``."""
     accelerator = used_accelerator()
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors of float64 can be on ``device``; MPS, for one, has none."""
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -65,7 +66,13 @@ class TimingCache:
             _write(self.path, content)
             _drop_oldest(self.path.parent)
         except OSError as error:
-            logger.warning("timing cache %s cannot be written: %s", self.path, error)
+            _warn_once(f"timing cache {self.path} cannot be written: {error}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Log a warning that every further write would repeat."""
+    logger.warning(message)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

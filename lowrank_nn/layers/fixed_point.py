@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_nn.errors import OptionError
+from lowrank_nn.errors import OptionError, check_whole_number
 
 Rounding = Literal["nearest", "stochastic"]
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
@@ -47,13 +47,8 @@ class FixedPoint:
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        counts = (self.integer_bits, self.fraction_bits)
-        whole = all(isinstance(bits, int) for bits in counts)  # a share of a bit would leave numbers off the grid
-        if not whole or self.integer_bits < 1 or self.fraction_bits < 0 or self.bits > 24:
-            raise OptionError(
-                "FixedPoint: expected whole numbers, integer_bits from 1, fraction_bits from 0, and at most 24 in all, "
-                f"got {self.integer_bits!r} and {self.fraction_bits!r}."
-            )
+        check_whole_number("FixedPoint: integer_bits", self.integer_bits, 1, 24)
+        check_whole_number("FixedPoint: fraction_bits", self.fraction_bits, 0, 24 - self.integer_bits)
         if self.rounding not in get_args(Rounding):
             raise OptionError(f"FixedPoint: rounding must be 'nearest' or 'stochastic', got {self.rounding!r}.")
 

@@ -21,7 +21,7 @@ class Checkpoint:
         origin: :func:`fingerprint` of the model that was given.
         epoch: Number of epochs done.
         steps: Number of steps per epoch.
-        setup: Optimizer and schedule as they were made.
+        setup: Optimizer and schedule as they were made, temperature and alpha.
         model: State dict of the model.
         extra: State dict of what is trained beside it (regressors of feature taps).
         optimizer: State dict of the optimizer.
@@ -71,11 +71,11 @@ class Checkpoint:
             model: The model to be trained.
             epochs: Number of epochs of the step.
             steps: Number of steps per epoch.
-            setup: Optimizer and schedule as they were made this time.
+            setup: Optimizer and schedule as they were made this time, temperature and alpha.
 
         Raises:
-            TrainingError: The model given, the compressed model, the optimizer, its settings, the kind of schedule or
-                the length of the training is another one.
+            TrainingError: The model given, the compressed model, the optimizer, its settings, the kind of schedule,
+                temperature, alpha or the length of the training is another one.
         """
         have = {key: tuple(value.shape) for key, value in self.model.items() if isinstance(value, Tensor)}
         want = {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
@@ -89,7 +89,7 @@ class Checkpoint:
         elif self.steps != steps:
             problem = f"was made with {self.steps} steps per epoch, and now there are {steps}"
         elif self.setup != setup:
-            problem = "was made with another optimizer, other settings of it, or another kind of schedule"
+            problem = "was made with another optimizer, other settings of it, another schedule, temperature or alpha"
         elif self.epoch > epochs:
             problem = f"has {self.epoch} epochs done, more than epochs={epochs}"
         if problem:

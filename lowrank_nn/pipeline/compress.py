@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_nn.accelerator import device_types
+from lowrank_nn.accelerator import device_types, has_float64
 from lowrank_nn.errors import LowRankError, PlanError
 from lowrank_nn.graph import Recording, record
 from lowrank_nn.graph.derive import deep_copy
@@ -169,6 +169,7 @@ def _start(
 ) -> State:
     """Return the state that a recipe starts from."""
     _check_budget(budget)
+    _check_device(device_of(model))
     calibration = read_calibration(calibration, example_inputs, device_of(model))  # several steps may go through it
     with _own_modes(seed):
         refuse_opaque(model)
@@ -181,6 +182,14 @@ def _start(
 def _check_budget(budget: Any) -> None:
     if not (budget is None or isinstance(budget, Budget)):
         raise PlanError(f"budget must be a Budget, such as Budget(params=0.3), got {budget!r}.")
+
+
+def _check_device(device: torch.device) -> None:
+    if not has_float64(device):
+        raise PlanError(
+            f"The model is on {device}, which has no float64, and fits and proofs compute in it. Move the model and "
+            "example_inputs to the CPU, compress there, and move the result back."
+        )
 
 
 @contextlib.contextmanager

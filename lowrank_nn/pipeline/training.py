@@ -39,6 +39,8 @@ class Settings(Protocol):
     evaluate: Callable[[nn.Module], float] | None
     restore_best: bool
     checkpoint: Path | None
+    temperature: float
+    alpha: float
 
 
 class Trainer:
@@ -80,6 +82,7 @@ class Trainer:
         self.schedule = settings.schedule(self.optimizer, self.steps * settings.epochs)
         _check_steps("schedule", self.schedule)
         self.setup += f" under {type(self.schedule).__name__}"
+        self.setup += f", temperature {settings.temperature}, alpha {settings.alpha}"
         self.generators = loader_generators(settings.loader)
         self.origin = "" if settings.checkpoint is None else fingerprint(state.dense)
         self.epoch = 0

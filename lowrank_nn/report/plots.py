@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from lowrank_nn.errors import MissingExtraError, OptionError, check_whole_number
+from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.planning import Candidate, LayerChoices
 from lowrank_nn.planning.layer_choices import Spectrum
 
@@ -77,10 +78,16 @@ def spectra_figure(choices: Sequence[LayerChoices], model: nn.Module, most: int 
         most: Layers to draw at most; the largest are taken.
 
     Raises:
-        OptionError: There is nothing to draw, or ``most`` is no whole number from 1.
+        OptionError: There is nothing to draw, ``most`` is no whole number from 1, or ``model`` is another model.
         MissingExtraError: matplotlib is not installed.
     """
-    layers = [(layer, model.get_submodule(layer.path)) for layer in choices]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for layer in choices:
+        if isinstance(modules.get(layer.path), CompressedLayer | None):
+            raise OptionError(
+                f"plot: the model has no dense layer {layer.path}. Pass the model that was to be compressed."
+            )
+    layers = [(layer, modules[layer.path]) for layer in choices]
     sizes = [sum(parameter.numel() for parameter in dense.parameters()) for _, dense in layers]
     spectra = [(layer, layer.spectra(dense)) for layer, dense in _largest(layers, sizes, most)]
     shown = [(layer, modes) for layer, modes in spectra if modes]

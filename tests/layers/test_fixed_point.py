@@ -101,11 +101,11 @@ def test_fine_tuning_ends_on_the_grid():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"integer_bits": 0}, "integer_bits from 1"),
-        ({"fraction_bits": -1}, "got 2 and -1"),
-        ({"integer_bits": 9, "fraction_bits": 16}, "at most 24 in all, got 9 and 16"),
-        ({"integer_bits": 2.5}, "whole numbers, .* got 2.5 and 14"),
-        ({"fraction_bits": "14"}, "got 2 and '14'"),
+        ({"integer_bits": 0}, "integer_bits must be a whole number from 1 to 24, got 0"),
+        ({"fraction_bits": -1}, "fraction_bits must be a whole number from 0 to 22, got -1"),
+        ({"integer_bits": 9, "fraction_bits": 16}, "fraction_bits must be a whole number from 0 to 15, got 16"),
+        ({"integer_bits": 2.5}, "integer_bits must be a whole number from 1 to 24, got 2.5"),
+        ({"fraction_bits": "14"}, "fraction_bits must be a whole number from 0 to 22, got '14'"),
         ({"rounding": "up"}, "'nearest' or 'stochastic', got 'up'"),
     ],
 )

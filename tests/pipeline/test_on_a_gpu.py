@@ -92,3 +92,14 @@ def test_speed_and_latency(device):
     assert plan.compression_rate["params"] > 1.6
     assert result.report.latency.device == str(device)
     assert result.report.latency.before > 0
+
+
+def test_a_device_without_float64(device):
+    if device.type != "pretend":
+        pytest.skip("GPUs have it")
+    torch.pretend.allow_float64(False)
+    try:
+        with pytest.raises(lnn.PlanError, match=r"pretend:0, which has no float64, .* Move the model"):
+            lnn.plan(nn.Linear(8, 8, device=device), torch.ones(2, 8, device=device))
+    finally:
+        torch.pretend.allow_float64(True)

@@ -146,7 +146,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
         run(model, epochs=1, checkpoint=file)
     momentum = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)}
     steps = {"schedule": lambda optimizer, steps: torch.optim.lr_scheduler.StepLR(optimizer, steps)}
-    for change in ({"lr": 0.5}, momentum, steps):
+    for change in ({"lr": 0.5}, {"temperature": 2}, {"alpha": 0.5}, momentum, steps):
         with pytest.raises(TrainingError, match="was made with another optimizer"):
             run(model, epochs=2, checkpoint=file, **change)
     run(model, epochs=3, checkpoint=file)

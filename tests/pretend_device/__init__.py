@@ -23,6 +23,7 @@ def pretend_device() -> torch.device:
     torch._register_device_module("pretend", _module())
     torch.utils.generate_methods_for_privateuse1_backend()
     extension.register_hooks()
+    torch.pretend.allow_float64 = extension.allow_float64
     return torch.device("pretend:0")
 
 

@@ -84,18 +84,26 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   }
 };
 
+bool float64_allowed = true;
+
+c10::ScalarType allowed(std::optional<at::ScalarType> dtype) {
+  const auto known = c10::dtype_or_default(dtype);
+  TORCH_CHECK_TYPE(float64_allowed || known != at::kDouble, "Cannot convert to float64: the device has none");
+  return known;
+}
+
 // --- Operators that make tensors, views of tensors, and copies between devices ------------------------------------------
 
 Tensor empty(SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
              std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
   const c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
-  return at::detail::empty_generic_symint(size, &memory, keys, c10::dtype_or_default(dtype), format);
+  return at::detail::empty_generic_symint(size, &memory, keys, allowed(dtype), format);
 }
 
 Tensor empty_strided(SymIntArrayRef size, SymIntArrayRef stride, std::optional<at::ScalarType> dtype,
                      std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
   const c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
-  return at::detail::empty_strided_symint_generic(size, stride, &memory, keys, c10::dtype_or_default(dtype));
+  return at::detail::empty_strided_symint_generic(size, stride, &memory, keys, allowed(dtype));
 }
 
 // The same memory as a tensor on the CPU.
@@ -279,5 +287,6 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("allow_float64", [](bool allow) { float64_allowed = allow; });
   m.def("register_hooks", [] { at::RegisterPrivateUse1HooksInterface(new Hooks()); });
 }

@@ -164,6 +164,13 @@ def test_pictures_of_nothing(net, tmp_path):
         report.plot_spectra(tmp_path / "none.png", net)
 
 
+def test_spectra_of_another_model(net, report, tmp_path):
+    compressed = lnn.compress_model(net, X, lnn.Apply(lnn.CPConv2d, where="1", rank=6)).model
+    for model in (nn.Linear(3, 3), compressed):
+        with pytest.raises(lnn.OptionError, match=r"no dense layer \d\. Pass the model that was compressed"):
+            report.plot_spectra(tmp_path / "none.png", model)
+
+
 def test_what_cannot_be_drawn(report, tmp_path):
     with pytest.raises(lnn.OptionError, match="cost must be one of params, macs, bytes, latency, got 'flops'"):
         report.plot(tmp_path / "a.png", cost="flops")
