@@ -167,7 +167,7 @@ def test_pictures_of_nothing(net, tmp_path):
 def test_spectra_of_another_model(net, report, tmp_path):
     compressed = lnn.compress_model(net, X, lnn.Apply(lnn.CPConv2d, where="1", rank=6)).model
     for model in (nn.Linear(3, 3), compressed):
-        with pytest.raises(lnn.OptionError, match=r"no dense layer \d\. Pass the model that was compressed"):
+        with pytest.raises(lnn.OptionError, match=r"no dense layer \d\. Pass the model that was to be compressed"):
             report.plot_spectra(tmp_path / "none.png", model)
 
 
