@@ -5,8 +5,10 @@ python benchmarks/accuracy.py --data DIR --weights DIR/weights/cifar10_resnet20.
 
 DIR holds ``cifar-10-batches-py`` as torchvision downloads it. Nothing is trained without ``--epochs``; the rows on data
 see ``--images`` training images without their labels and without augmentation. With ``--epochs`` the network of the
-last row is then distilled from the dense one, or from that of ``--teacher``, on augmented training images (0.9
-distillation, 0.1 cross-entropy, AdamW, warm-up and cosine). Accuracy is that on all test images, after the last epoch.
+last row is then distilled from the dense one, or from that of ``--teacher``, on augmented training images: 0.9
+distillation, 0.1 cross-entropy, warm-up and cosine, AdamW or SOAP (``--optimizer soap``: ``pip install
+pytorch_optimizer``). Accuracy is that on all test images, after the last epoch, and once more with the statistics of
+the normalisation layers measured anew on the training images.
 """
 
 from __future__ import annotations

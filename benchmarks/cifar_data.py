@@ -28,7 +28,7 @@ def read_images(folder: Path, pattern: str) -> tuple[Tensor, Tensor]:
 
 
 class Augmented:
-    """Batches of randomly cropped and flipped images, in a new order every time."""
+    """Batches of randomly cropped and flipped images, each in its own way, in a new order every time."""
 
     def __init__(self, images: Tensor, labels: Tensor, batch_size: int) -> None:
         self.images, self.labels, self.batch_size = images, labels, batch_size
@@ -38,11 +38,12 @@ class Augmented:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.images))
-        padded = torch.nn.functional.pad(self.images, (4, 4, 4, 4))
+        # All places that a window of 32 x 32 may take: (n, 3, 9, 9, 32, 32), a view.
+        windows = torch.nn.functional.pad(self.images, (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             chosen = order[start : start + self.batch_size]
-            top, left = torch.randint(0, 9, (2,)).tolist()
-            batch = padded[chosen, :, top : top + 32, left : left + 32]
+            top, left = torch.randint(0, 9, (2, len(chosen)))
+            batch = windows[chosen, :, top, left]
             flip = torch.rand(len(batch)) < 0.5
             yield torch.where(flip[:, None, None, None], batch.flip(3), batch), self.labels[chosen]
 
