@@ -181,7 +181,7 @@ at::Scalar item(const Tensor& self) { return on_host(self).item(); }
 
 void expect_same_device(const Tensor& one, const Tensor& other) {
   TORCH_CHECK(one.device() == other.device(), "Expected all tensors to be on the same device, but found ",
-              one.device(), " and ", other.device(), " in a convolution");
+              one.device(), " and ", other.device());
 }
 
 Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride,
@@ -217,10 +217,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const std::option
                                               const std::optional<Tensor>& bias, const std::optional<Tensor>& mean,
                                               const std::optional<Tensor>& variance, bool training, double momentum,
                                               double eps) {
-  const auto host = [](const std::optional<Tensor>& tensor) -> std::optional<Tensor> {
+  const auto host = [&x](const std::optional<Tensor>& tensor) -> std::optional<Tensor> {
     if (!tensor || !tensor->defined()) return std::nullopt;
-    TORCH_CHECK(tensor->device() == device, "Expected all tensors to be on the same device, but found ", device, " and ",
-                tensor->device(), " in a batch norm");
+    expect_same_device(x, *tensor);
     return on_host(*tensor);
   };
   const auto [y, batch_mean, inverse_deviation] = at::native_batch_norm(
