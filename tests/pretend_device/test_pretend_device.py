@@ -30,9 +30,9 @@ IN_PLACE = {
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixing_devices_fails(name, device):
     x = torch.eye(4)
-    with pytest.raises(RuntimeError, match=r"(?i)same device|cpu"):
+    with pytest.raises(RuntimeError, match=r"same device|should be the same"):
         MIXTURES[name](x.to(device), x)
-    with pytest.raises(RuntimeError, match=r"(?i)same device|cpu"):
+    with pytest.raises(RuntimeError, match=r"same device|should be the same"):
         MIXTURES[name](x, x.to(device))
 
 
@@ -48,11 +48,8 @@ def test_changes_through_views(name, device):
 
 def test_training_step(device):
     torch.manual_seed(0)
-    model, x = (
-        nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(3)),
-        torch.randn(5, 2, 6, 6),
-    )
-    model(x)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+    x = torch.randn(5, 2, 6, 6)
     results = []
     for place in ("cpu", device):
         model.to(place)
