@@ -192,7 +192,9 @@ class _Trial:
         return {
             channels.name: "the outputs for example_inputs do not depend on them"
             for channels in found
-            if self.keeps_outputs(self._rescaling(dataclasses.replace(channels, read=()), self._factors(channels)))
+            if self.keeps_outputs(
+                _rescaling(self._one_group, dataclasses.replace(channels, read=()), self._factors(channels))
+            )
         }
 
     def keeps_outputs(self, rescaling: Rescaling) -> bool:
@@ -203,11 +205,9 @@ class _Trial:
     def _take_any_factor(self, found: Sequence[Channels]) -> bool:
         probes = [(channels, self._factors(channels)) for channels in found]
         return all(
-            self.keeps_outputs(merged(self._rescaling(channels, s**sign) for channels, s in probes)) for sign in (1, -1)
+            self.keeps_outputs(merged(_rescaling(self._one_group, channels, s**sign) for channels, s in probes))
+            for sign in (1, -1)
         )
-
-    def _rescaling(self, channels: Channels, s: Tensor) -> Rescaling:
-        return _rescaling(self._one_group, channels, s)
 
     def _factors(self, channels: Channels) -> Tensor:
         powers = torch.randint(*PROBED_POWERS, (channels.size,), generator=self._generator, device="cpu")
@@ -241,14 +241,18 @@ def _equal_shares(one_group: nn.Module, found: Sequence[Channels]) -> Rescaling:
         for channels, total in zip(found, totals, strict=True):
             first, second = _share(peaks, channels.computed), _share(peaks, channels.read)
             s = torch.where((first > 0) & (second > 0), (first / second).sqrt(), 1.0)
-            for path, factors in _rescaling(one_group, channels, s).items():
-                for dim, factor in factors.items():
-                    peaks[path] *= factor.unsqueeze(1 - dim)
+            _rescale_(peaks, _rescaling(one_group, channels, s))
             total *= s
             change = max(change, float(s.log().abs().max()))
         if change < TOLERANCE:
             break
     return merged(_rescaling(one_group, *pair) for pair in zip(found, totals, strict=True))
+
+
+def _rescale_(peaks: dict[str, Tensor], rescaling: Rescaling) -> None:
+    for path, factors in rescaling.items():
+        for dim, factor in factors.items():
+            peaks[path] *= factor.unsqueeze(1 - dim)
 
 
 def _share(peaks: dict[str, Tensor], places: Sequence[Place]) -> Tensor:

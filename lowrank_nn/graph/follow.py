@@ -18,7 +18,7 @@ from lowrank_nn.errors import PlanError
 from lowrank_nn.graph.inputs import doubled, run_model, tensors
 from lowrank_nn.graph.labels import Labels, support
 from lowrank_nn.graph.parametrized import parametrized
-from lowrank_nn.graph.places import ForwardWatch, OutOfSight
+from lowrank_nn.graph.places import ForwardWatch, OutOfSight, version_of
 from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.graph.rules import RULES, Call, Planes, Rule, full_name, short_name
 from lowrank_nn.graph.rules.means import means_left
@@ -169,7 +169,7 @@ class _Follower(ForwardWatch):
             if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
                 self._freeze(torch._C._functorch.get_unwrapped(tensor), f"goes into torch.func, in {self._path}")
             known = self._write(tensor, self._new(tensor))
-        elif known.version != _version(tensor):
+        elif known.version != version_of(tensor):
             self.units.freeze(known.force().ids(), f"changed in place out of sight, in {self._path}")
             known = self._write(tensor, Labels(tuple(tensor.shape)))
         return known.force()
@@ -183,7 +183,7 @@ class _Follower(ForwardWatch):
         return self._frames[-1].module or "the model itself"
 
     def _write(self, tensor: Tensor, labels: Labels | Callable[[], Labels]) -> _Known:
-        known = _Known(labels, _version(tensor), _storage(tensor))
+        known = _Known(labels, version_of(tensor), _storage(tensor))
         self._known[tensor] = known
         return known
 
@@ -206,31 +206,35 @@ class _Follower(ForwardWatch):
     def _run(self, rule: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen = {id(tensor): tensor for tensor in tensors((args, kwargs))}
         known = {key: self.read(tensor) for key, tensor in seen.items()}
-        versions = {key: _version(tensor) for key, tensor in seen.items()}
+        versions = {key: version_of(tensor) for key, tensor in seen.items()}
         result = func(*args, **kwargs)
         made = args[0] if func is Tensor.__setitem__ else result
         where = f"{short_name(func)} in {self._path}"
         modules = frozenset(frame.module for frame in self._frames)
         call = Call(self.units, func, args, kwargs, made, where, known, modules, self._statistics)
         self._statistics += func in STATISTICS
-        means, planes = means_left(rule, call), self._ask(rule, call)
-        origins = [labels.constant for labels in known.values()]
-        constant = max(origins, default=0) if all(origins) else 0
-        for index, tensor in enumerate(tensors(made)):
-            labels_of = functools.partial(
-                self._labels, call, planes, index, Labels(tuple(tensor.shape), (), constant, means)
-            )
+        for tensor, labels_of in self._results(rule, call):
             if id(tensor) not in seen:
                 self._write(tensor, labels_of)
                 if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # what it is outside is not seen
                     self._freeze(tensor, f"comes out of torch.func, in {self._path}")
-            elif _version(tensor) != versions.pop(id(tensor), None):
+            elif version_of(tensor) != versions.pop(id(tensor), None):
                 self._change(tensor, known[id(tensor)], labels_of())
-        for key in versions:
-            if _version(seen[key]) != self._known[seen[key]].version:
+        for key in versions:  # arguments that were not returned
+            if version_of(seen[key]) != self._known[seen[key]].version:
                 # A function with a rule is known to keep the units (a norm updates its statistics).
                 self._change(seen[key], known[key], known[key] if rule is not None else Labels(known[key].shape))
         return result
+
+    def _results(self, rule: Rule | None, call: Call) -> list[tuple[Tensor, Callable[[], Labels]]]:
+        """Return the tensors that a call returned or wrote into, each with what gives its labels."""
+        means, planes = means_left(rule, call), self._ask(rule, call)
+        origins = [labels.constant for labels in call.known.values()]
+        constant = max(origins, default=0) if all(origins) else 0
+        made = list(tensors(call.result))
+        blanks = (Labels(tuple(tensor.shape), (), constant, means) for tensor in made)
+        given = [functools.partial(self._labels, call, planes, *numbered) for numbered in enumerate(blanks)]
+        return list(zip(made, given, strict=True))
 
     def _ask(self, rule: Rule | None, call: Call) -> Callable[[], list[Planes]]:
         """Return what gives the planes of the results, for one use of a function; without a rule it is a barrier."""
@@ -274,7 +278,7 @@ class _Follower(ForwardWatch):
         same = len(old) == len(new) and all(map(torch.equal, old, new))
         if same:
             for known in others:
-                known.version = _version(tensor)
+                known.version = version_of(tensor)
         elif others or tensor._is_view():
             reason = f"written into a part of a tensor, in {self._path}"
             self.units.freeze(torch.cat([before.ids(), after.ids()]), reason)
@@ -295,10 +299,6 @@ class _Follower(ForwardWatch):
             labels = self.read(tensor)
             self.units.freeze_means(labels.means)
             self.units.freeze(labels.ids(), reason)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _storage(tensor: Tensor) -> int:

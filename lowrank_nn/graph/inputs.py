@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_nn.errors import PlanError
+from lowrank_nn.errors import CalibrationError, LowRankError, PlanError
 
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
@@ -47,6 +47,28 @@ def run_model(model: nn.Module, example_inputs: Any) -> Any:
             f"{type(model).__name__}: the forward failed on example_inputs = {describe(example_inputs)}: "
             f"{type(error).__name__}: {error}. Pass what the model is called with: a tensor, a tuple of positional "
             "arguments or a dict of keyword arguments, on the model's device and of its dtype."
+        ) from error
+
+
+def run_batch(model: nn.Module, inputs: Any, number: int) -> Any:
+    """Call ``model`` as :func:`call_model` does, on one of several batches.
+
+    Args:
+        model: The model.
+        inputs: What it is called with.
+        number: Number of the batch, from 1, for the message.
+
+    Raises:
+        CalibrationError: The forward failed; the error it raised is chained.
+    """
+    try:
+        return call_model(model, inputs)
+    except LowRankError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"calibration: the forward failed on batch {number}: {type(error).__name__}: {error}. Each batch must be "
+            "what the model is called with (labels may follow), on the model's device and of its dtype."
         ) from error
 
 

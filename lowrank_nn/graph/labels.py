@@ -41,12 +41,16 @@ def support(plane: Tensor) -> frozenset[int]:
     return frozenset(dim for dim, size in enumerate(plane.shape) if size > 1)
 
 
-def compact(units: Units, plane: Tensor, where: str) -> Tensor | None:
-    """Return ``plane`` with size 1 along all dimensions on which it does not vary; None where there are no others.
+def compact(units: Units, planes: Iterable[Tensor | None], where: str) -> list[Tensor]:
+    """Return the planes, each with size 1 along all dimensions on which it does not vary; without those of zeros.
 
     A tensor that would go as a whole cannot go: its unit is frozen.
     """
-    if not plane.any():
+    return [kept for plane in planes if (kept := _compact(units, plane, where)) is not None]
+
+
+def _compact(units: Units, plane: Tensor | None, where: str) -> Tensor | None:
+    if plane is None or not plane.any():
         return None
     for dim in support(plane):
         first = plane.narrow(dim, 0, 1)
@@ -59,14 +63,32 @@ def compact(units: Units, plane: Tensor, where: str) -> Tensor | None:
 
 
 def split_dim(plane: Tensor, dim: int, size: int) -> Tensor:
-    """Return ``plane`` with a dimension along which it varies as two, the inner one of this ``size``."""
-    return plane.reshape(*plane.shape[:dim], -1, size, *plane.shape[dim + 1 :])
+    """Return ``plane`` with a dimension as two, the inner one of this ``size``; both of size 1 where it was."""
+    inner = min(size, plane.shape[dim])
+    return plane.reshape(*plane.shape[:dim], -1, inner, *plane.shape[dim + 1 :])
+
+
+def join_dims(plane: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Undo :func:`split_dim`: the dimension and the one behind it, of a tensor with these ``sizes``, as one."""
+    if plane.shape[dim] == plane.shape[dim + 1] == 1:
+        return plane.squeeze(dim)
+    return plane.expand(*plane.shape[:dim], *sizes, *plane.shape[dim + 2 :]).flatten(dim, dim + 1)
+
+
+def in_groups(labels: Labels, dim: int, groups: int) -> Labels:
+    """Return ``labels`` with a dimension as two: the groups, and what is in each."""
+    size = labels.shape[dim] // groups
+    shape = (*labels.shape[:dim], groups, size, *labels.shape[dim + 1 :])
+    planes = tuple(split_dim(plane, dim, size) for plane in labels.planes)
+    return dataclasses.replace(labels, shape=shape, planes=planes)
 
 
 def mix(units: Units, plane: Tensor, dims: Iterable[int], where: str) -> Tensor | None:
     """Unite what an operation mixes along ``dims``; None if that is all of the plane, whose units are then frozen."""
-    dims = [dim for dim in dims if plane.shape[dim] > 1]
-    if not support(plane) - set(dims):
+    dims = support(plane) & set(dims)
+    if not dims:
+        return plane
+    if dims == support(plane):
         units.freeze(plane, f"mixed by {where}")
         return None
     first = plane
@@ -84,22 +106,22 @@ def merge(units: Units, operands: Sequence[Labels], where: str) -> list[Tensor]:
     """
     planes = [(index, plane) for index, labels in enumerate(operands) for plane in _that_go(units, labels.planes)]
     planes = _one_of_each(units, _choose_dims(units, planes, where), where)
-    merged: list[tuple[Tensor, set[int]]] = []
+    merged: list[tuple[Tensor, set[int]]] = []  # and which operands each plane is of
     for index, plane in planes:
-        meeting = [bool(support(known) & support(plane)) and others != {index} for known, others in merged]
-        members, combined = {index}, plane
-        for known, others in itertools.compress(merged, meeting):
-            units.unite(known, combined, f"meets what stays in {where}")
-            combined, members = _first_ids(known, combined), members | others
-        merged = [entry for entry, meets in zip(merged, meeting, strict=True) if not meets]
-        merged.append((combined, members))
-    result = []
-    for plane, members in merged:
+        combined, members, apart = plane, {index}, []
+        for known, others in merged:
+            if support(known) & support(plane) and others != {index}:
+                units.unite(known, combined, f"meets what stays in {where}")
+                combined, members = _first_ids(known, combined), members | others
+            else:
+                apart.append((known, others))
+        merged = [*apart, (combined, members)]
+
+    def meet_the_rest(plane: Tensor, members: set[int]) -> Tensor | None:
         shapes = [labels.shape for index, labels in enumerate(operands) if index not in members]
-        kept = _meet_constants(units, plane, shapes, where)
-        if kept is not None and (kept := compact(units, kept, where)) is not None:
-            result.append(kept)
-    return result
+        return _meet_constants(units, plane, shapes, where)
+
+    return compact(units, itertools.starmap(meet_the_rest, merged), where)
 
 
 def _that_go(units: Units, planes: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -228,8 +250,7 @@ def move(
         moved = operation(plane.expand(labels.shape))
         results = results or [[] for _ in moved]
         for planes, ids in zip(results, moved, strict=True):
-            kept = compact(units, ids, where)
-            planes.extend([] if kept is None else [kept])
+            planes += compact(units, [ids], where)
     return results
 
 
@@ -247,8 +268,7 @@ def concatenate(units: Units, parts: Sequence[Labels], dim: int, where: str) -> 
             entry = [pair for known in itertools.compress(merged, meeting) for pair in known]
             merged = [known for known, meets in zip(merged, meeting, strict=True) if not meets]
             merged.append([*entry, (index, plane)])
-    joined = (_join(units, entry, parts, dim, where) for entry in merged)
-    return [kept for plane in joined if plane is not None and (kept := compact(units, plane, where)) is not None]
+    return compact(units, (_join(units, entry, parts, dim, where) for entry in merged), where)
 
 
 def _matches(entry: list[tuple[int, Tensor]], across: frozenset[int], dim: int) -> bool:

@@ -14,22 +14,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_nn.graph.inputs import run_model, tensors
-from lowrank_nn.graph.places import ForwardWatch, OutOfSight, Place
+from lowrank_nn.graph.places import ForwardWatch, OutOfSight, Place, version_of
 from lowrank_nn.graph.preserve import evaluating
 from lowrank_nn.graph.sites import refuse_opaque
+from lowrank_nn.graph.torch_functions import LOOKS
 from lowrank_nn.layers import CompressedLayer
 
 NORM_FORWARDS = (_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward)
 
 ADDITIONS = frozenset({torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__iadd__})
-
-LOOKS = frozenset(
-    {
-        *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout")),
-        *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "__len__", "is_floating_point", "stride")),
-    }
-)
-"""Functions that look at a tensor's form, not at its values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,18 +130,18 @@ class _UseWatch(ForwardWatch):
         if function in LOOKS:
             return
         # What comes back as it was, such as from a dropout in eval mode, was not used.
-        same = {id(tensor) for tensor, value in seen if _version(tensor) == value.version}
+        same = {id(tensor) for tensor, value in seen if version_of(tensor) == value.version}
         returned = same & {id(tensor) for _, tensor in outputs}
         self._add_uses(function, options, [(t, value) for t, value in seen if id(t) not in returned])
         for place, tensor in outputs:
             if id(tensor) not in returned:
-                self._values[tensor] = _Value(place, self._clock, _version(tensor))
+                self._values[tensor] = _Value(place, self._clock, version_of(tensor))
 
     def after_layer(self, place: Place, seen: list[tuple[Tensor, _Value]], output: Any) -> None:
         for _, value in seen:
             value.uses.append(_Use(layer=place.module if len(seen) == 1 else None))
         if isinstance(output, Tensor):
-            value = _Value(place, self._clock, _version(output))
+            value = _Value(place, self._clock, version_of(output))
             self._values[output] = value
             # The clock stood still while the layer ran.
             self.calls.setdefault(place.module, []).append(_Call(self._clock, value, output.shape))
@@ -164,7 +157,7 @@ class _UseWatch(ForwardWatch):
         self.use_out_of_sight(output)
 
     def _value(self, tensor: Tensor) -> _Value:
-        version = _version(tensor)
+        version = version_of(tensor)
         known: _Value | None = self._values.get(tensor)  # type: ignore[no-untyped-call]
         if known is None or known.version != version:  # first seen now, or changed where it was not seen
             known = _Value(None, self._clock, version)
@@ -181,10 +174,6 @@ class _UseWatch(ForwardWatch):
         else:
             for _, value in seen:
                 value.uses.append(_Use())
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _link(model: nn.Module, watch: _UseWatch, path: str) -> Link:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank_nn.errors import CalibrationError, LowRankError
-from lowrank_nn.graph.inputs import call_model, tensors
+from lowrank_nn.errors import CalibrationError
+from lowrank_nn.graph.inputs import run_batch, tensors
 from lowrank_nn.graph.pausable import Pausable, settings_of_this_thread
 from lowrank_nn.graph.places import ForwardWatch, Place
 from lowrank_nn.graph.preserve import random_states, seed_all, set_random_states, untouched_process
@@ -109,9 +110,8 @@ def run_in_lockstep(
         try:
             _visit_all(runs, plan, visit)
         finally:
-            for pair in runs:
-                for run in pair:
-                    run.close()
+            for run in itertools.chain(*runs):
+                run.close()
             if threads > allowed:
                 torch.set_num_threads(threads)  # a thread that sets its own number sets it for threads to come too
 
@@ -142,7 +142,7 @@ class _Side(NamedTuple):
 
 def _visit_all(runs: list[tuple[_Run, _Run]], plan: _Plan, visit: Visit) -> None:
     order = {path: number for number, path in enumerate(plan.paths)}
-    everyone = [run for pair in runs for run in pair]
+    everyone = list(itertools.chain(*runs))
     for run in everyone:
         run.go_on()
     while reached := {run.stop.path for run in everyone if run.stop is not None}:
@@ -192,16 +192,8 @@ class _Run:
             vars(layer)["forward"] = self._stopping(path, layer.forward, keeper, pause)
         if plan.shortcuts:
             keeper.attach(model)
-        try:
-            with keeper if plan.shortcuts else contextlib.nullcontext():
-                call_model(model, self._batch)
-        except LowRankError:
-            raise
-        except Exception as error:
-            raise CalibrationError(
-                f"calibration: the forward failed on batch {self._number}: {type(error).__name__}: {error}. Each batch "
-                "must be what the model is called with (labels may follow), on the model's device and of its dtype."
-            ) from error
+        with keeper if plan.shortcuts else contextlib.nullcontext():
+            run_batch(model, self._batch, self._number)
 
     def _copy(self) -> nn.Module:
         same = (*self._side.network.parameters(), *self._side.shared)

@@ -161,3 +161,8 @@ class OutOfSight(TorchDispatchMode):
             return func(*args, **kwargs)
         self._watch.hide(self._watch.use_out_of_sight, (args, kwargs))
         return self._watch.hide(func, *args, **kwargs)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; of those made in inference mode, which do not count, 0."""
+    return 0 if tensor.is_inference() else tensor._version

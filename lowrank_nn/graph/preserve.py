@@ -37,9 +37,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for parameter, trains in flags:
-                if parameter.requires_grad != trains:
-                    with torch.inference_mode(parameter.is_inference()):
-                        parameter.requires_grad_(trains)
+                _restore_flag(parameter, trains)
             for module, (attributes, tables) in modules:
                 _restore_attributes(module, attributes, tables)
             for buffer, values in buffers:
@@ -62,13 +60,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def untouched_process() -> Iterator[None]:
     """Run a block without gradients; restore what :func:`untouched` says of the process, however it ends."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's forward may draw
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    with warnings.catch_warnings(), generators_kept(), torch.no_grad():
+    with preserved_random_state(), torch.no_grad():
         try:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
+def preserved_random_state(seed: int | None = None) -> Iterator[None]:
+    """Run a block; restore the random states of Python, numpy, torch and the accelerator in use, and warnings filters.
+
+    Args:
+        seed: What all of them are seeded with inside; None to go on from where they are.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's code may draw
+    with warnings.catch_warnings(), generators_kept():
+        try:
+            if seed is not None:
+                seed_all(seed)
+            yield
+        finally:
             np.random.set_state(numpy_state)  # noqa: NPY002
             random.setstate(python_state)
 
@@ -117,6 +130,12 @@ def _restore_attributes(module: nn.Module, attributes: dict[str, Any], tables: d
 def _identities(table: Table) -> list[tuple[Any, int]]:
     entries = enumerate(table) if isinstance(table, list) else table.items()
     return [(key, id(value)) for key, value in entries]
+
+
+def _restore_flag(parameter: Tensor, trains: bool) -> None:
+    if parameter.requires_grad != trains:
+        with torch.inference_mode(parameter.is_inference()):
+            parameter.requires_grad_(trains)
 
 
 def _has_values(buffer: Tensor) -> bool:

@@ -126,6 +126,7 @@ def _difference(trial: Trial, removals: Sequence[Removal], runs: Sequence[Run]) 
 
 
 def _readers(removal: Removal) -> Removal:
+    """Return the removal from those members of the group alone that read its units."""
     members = tuple(member for member in removal.group.members if member.role == "in")
     return dataclasses.replace(removal, group=dataclasses.replace(removal.group, members=members))
 

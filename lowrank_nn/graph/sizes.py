@@ -58,11 +58,12 @@ def traced_sizes(model: nn.Module) -> Iterator[None]:
     """
     made: list[TracedSize] = []
     for path, module in model.named_modules():
-        if not type(module).__module__.startswith("torch."):
-            for name, value in list(vars(module).items()):
-                if sizes := _traced(value, Attribute(path, name)):
-                    vars(module)[name] = sizes[0] if type(value) is int else type(value)(sizes)
-                    made += sizes
+        if type(module).__module__.startswith("torch."):
+            continue
+        for name, value in list(vars(module).items()):
+            if sizes := _traced(value, Attribute(path, name)):
+                vars(module)[name] = sizes[0] if type(value) is int else type(value)(sizes)
+                made += sizes
     try:
         yield
     finally:

@@ -124,12 +124,13 @@ def cuts_of(removals: Sequence[Removal], tensors: Mapping[str, Tensor]) -> Cuts:
     for (name, dim), positions in doomed.items():
         tensor = tensors.get(name)
         size = 0 if tensor is None or dim >= tensor.dim() else tensor.shape[dim]
-        if positions and not 0 <= min(positions) <= max(positions) < size:
+        if not positions:
+            continue
+        if not 0 <= min(positions) <= max(positions) < size:
             raise PlanError(f"remove_units: {name!r} has no positions {sorted(positions)[-3:]} in dim {dim}.")
-        if positions and len(positions) == size:
+        if len(positions) == size:
             raise PlanError(f"remove_units: nothing of dim {dim} of {name!r} would be left. Keep a unit at least.")
-        if positions:
-            cuts.setdefault(name, {})[dim] = Cut(size, tuple(sorted(positions)))
+        cuts.setdefault(name, {})[dim] = Cut(size, tuple(sorted(positions)))
     return cuts
 
 
@@ -194,8 +195,12 @@ def _update(module: nn.Module, path: str, cuts: Cuts) -> None:
 
 def _note_changes(module: nn.Module, cls: type[nn.Module], before: dict[str, Any], cuts: Cuts) -> None:
     """Mark a module that holds cut tensors itself, or whose class or attributes changed, as a smaller one."""
-    changed = [name for name, value in before.items() if vars(module)[name] is not value and name not in MODULE_TABLES]
-    changed = [name for name in changed if vars(module)[name] != before[name]]
+    now = vars(module)
+    changed = [
+        name
+        for name, value in before.items()
+        if name not in MODULE_TABLES and now[name] is not value and now[name] != value
+    ]
     if changed or type(module) is not cls or any("." not in name for name in cuts):
         mark_resized(module, changed)
     # No file holds a buffer that is not persistent, and no fresh model has it in this size.

@@ -80,9 +80,10 @@ def _run_rounds(calls: Sequence[Callable[[], Any]], tapes: Sequence[_Tape], seco
     sides = list(zip(calls, tapes, strict=True))
     start = time.perf_counter()
     for index in itertools.count(-_WARMUP):
-        enough = all(_standard_error(tape, tapes[0]) < _SURE for tape in tapes) if index >= _LEAST_ROUNDS else False
-        if enough or (index >= _LEAST_ROUNDS and time.perf_counter() - start > seconds):
-            return
+        if index >= _LEAST_ROUNDS:
+            late = time.perf_counter() - start > seconds
+            if late or all(_standard_error(tape, tapes[0]) < _SURE for tape in tapes):
+                return
         for call, tape in sides[:: 1 if index % 2 else -1]:
             tape.run(call, counts=index >= 0)
 

@@ -213,7 +213,9 @@ def _length_of(one: slice, length: Any) -> Any:
         return length
     if type(length) is not int or not all(n is None or type(n) is int for n in (one.start, one.stop, one.step)):
         return None
-    return len(range(*one.indices(length))) or None if one.step is None or one.step > 0 else None
+    if one.step is not None and one.step <= 0:
+        return None  # the plain function says what is wrong
+    return len(range(*one.indices(length))) or None
 
 
 def _sliced(source: Source, shape: tuple[int, ...], slices: Slices) -> Moved:
@@ -234,19 +236,15 @@ def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -
 _relu, _relu_ = _activation(RELU), _activation(RELU, in_place=True)
 _add, _add_ = _addition(), _addition(in_place=True)
 
-ACTIVATIONS: dict[Any, Callable[..., Tensor | None]] = {
+_NOTED: dict[Any, Callable[..., Tensor | None]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), _relu_),
     F.relu6: _activation(RELU6),
     F.hardtanh: _hardtanh,
     F.hardswish: _activation(HARDSWISH),
     F.silu: _activation(SILU),
-}
-ADDITIONS: dict[Any, Callable[..., Tensor | None]] = {
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
     **dict.fromkeys((Tensor.add_, Tensor.__iadd__), _add_),
-}
-OTHERS: dict[Any, Callable[..., Tensor | None]] = {
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool),
     F.dropout: _dropout,
     torch.cat: _join,
@@ -254,8 +252,6 @@ OTHERS: dict[Any, Callable[..., Tensor | None]] = {
     F.pad: _pad,
 }
 """Functions that deferred tensors note, with how; those that return None leave it to the plain function."""
-
-_NOTED = {**ACTIVATIONS, **ADDITIONS, **OTHERS}
 
 _LOOKS = frozenset(
     {

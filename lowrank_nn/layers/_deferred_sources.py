@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -149,6 +149,20 @@ class Source(abc.ABC):
         return None
 
 
+class _Operands(NamedTuple):
+    """What a product is computed of.
+
+    Attributes:
+        input: What the layer takes.
+        added: What is added to its result, if anything.
+        added_grid: What bytes of ``added`` stand for; None where its floats are added.
+    """
+
+    input: Bytes
+    added: Source | None
+    added_grid: Grid | None = None
+
+
 class Product(Source):
     """A convolution or a matrix product, what is added to it, and the activation of that."""
 
@@ -162,21 +176,20 @@ class Product(Source):
         activation: Activation = NONE,
     ) -> None:
         depth = 1 + max(input.depth, 0 if added is None else added.depth)
-        super().__init__(shape, channels_last, (weight,), depth, (input, added, None))
+        super().__init__(shape, channels_last, (weight,), depth, _Operands(input, added))
         self._weight, self._activation = weight, activation
 
     def settle(self, grid: Grid) -> None:
         """Settle also whether bytes or floats are added: bytes, if somebody asked for those of the tensor added."""
         inputs = self._inputs
-        if self._grid is None and inputs[1] is not None:
-            input, added, _ = inputs
-            added_grid = added.grid
+        if self._grid is None and inputs.added is not None:
+            added, added_grid = inputs.added, inputs.added.grid
             if added_grid is None:
                 added = copy.copy(added)  # whose floats stay, whatever bytes somebody asks for later
-            self._inputs = (input, added, added_grid)
+            self._inputs = _Operands(inputs.input, added, added_grid)
         super().settle(grid)
 
-    def compute(self, inputs: tuple[Bytes, Source | None, Grid | None], grid: Grid | None) -> Tensor:
+    def compute(self, inputs: _Operands, grid: Grid | None) -> Tensor:
         """Run the kernel."""
         input, added, added_grid = inputs
         codes = input.codes(self._weight.grid)
@@ -194,16 +207,17 @@ class Product(Source):
     def activated(self, activation: Activation) -> Source | None:
         """Have the kernel apply it, if it has none to apply yet."""
         inputs = self._inputs
-        if self._grid is not None or self._activation != NONE or (inputs[1] is not None and activation != RELU):
+        if self._grid is not None or self._activation != NONE or (inputs.added is not None and activation != RELU):
             return None
-        return Product(self._weight, inputs[0], self.shape, self.channels_last, inputs[1], activation)
+        return Product(self._weight, inputs.input, self.shape, self.channels_last, inputs.added, activation)
 
     def plus(self, other: Source) -> Source | None:
         """Have the kernel add it, if it is a convolution that does nothing else yet."""
         inputs = self._inputs
-        if self._grid is not None or self._activation != NONE or inputs[1] is not None or self._weight.geometry is None:
+        busy = self._grid is not None or self._activation != NONE or inputs.added is not None
+        if busy or self._weight.geometry is None:
             return None
-        return Product(self._weight, inputs[0], self.shape, self.channels_last, other)
+        return Product(self._weight, inputs.input, self.shape, self.channels_last, other)
 
 
 class Floats(Source):

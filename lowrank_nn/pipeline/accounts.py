@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -86,18 +87,14 @@ def compare(dense: nn.Module, small: nn.Module, example_inputs: Any, *, measure_
         left={},
         folded=folded_norms(dense, small, example_inputs),
     )
-    return (
-        dataclasses.replace(report, latency=measured_latency(dense, small, example_inputs)) if measure_speed else report
-    )
+    if not measure_speed:
+        return report
+    return dataclasses.replace(report, latency=measured_latency(dense, small, example_inputs))
 
 
 def measured_latency(dense: nn.Module, small: nn.Module, example_inputs: Any) -> Latency:
     """Return the times of two models, taken in turn."""
     copies = [copy.deepcopy(model).eval() for model in (dense, small)]  # a forward may change buffers
     with torch.no_grad():
-        timing = compare_speed(*(_caller(model, example_inputs) for model in copies))
+        timing = compare_speed(*(functools.partial(call_model, model, example_inputs) for model in copies))
     return Latency(timing.first, timing.second, timing.ratio, torch.get_num_threads(), str(device_of(small)))
-
-
-def _caller(model: nn.Module, example_inputs: Any) -> Any:
-    return lambda: call_model(model, example_inputs)

@@ -132,7 +132,7 @@ def decide_layer(
     if note:
         return Decision(site.path, None, note=note)
     try:
-        options = _with_rank(state, site, cls, options)
+        options = dict(_with_rank(state, site, cls, options))
         decision = Decision(site.path, cls, options)
         new = build(decision, site.layer, stand_ins or {})
     except (UnsupportedLayerError, RankError) as error:
@@ -179,14 +179,15 @@ def check_options(cls: type[CompressedLayer], options: dict[str, Any]) -> None:
 
 
 def _with_rank(state: State, site: Site, cls: type[CompressedLayer], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with the rank that a rank rule gives for the weights of the layer."""
     if not issubclass(cls, LowRankLayer) or isinstance(site.layer, CompressedLayer):
-        return dict(options)
+        return options
     source = read_layer(state.weights_of(site), cls)  # refuses what only real weights can show, such as NaN
-    variant = {name: value for name, value in options.items() if name != "rank"}
     rank = options.get("rank")
-    return (
-        options | {"rank": cls.resolve_rank(rank, source, **variant)} if isinstance(rank, RankRule) else dict(options)
-    )
+    if not isinstance(rank, RankRule):
+        return options
+    variant = {name: value for name, value in options.items() if name != "rank"}
+    return options | {"rank": cls.resolve_rank(rank, source, **variant)}
 
 
 def _not_worth_it(site: Site, new: CompressedLayer) -> str:

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from lowrank_nn.decompose.kmeans import Init
-from lowrank_nn.errors import OptionError, PlanError, check_whole_number
+from lowrank_nn.errors import OptionError, check_whole_number
 from lowrank_nn.layers import CodebookConv2d, CodebookLinear, CompressedLayer
 from lowrank_nn.pipeline.apply import decide_layer, matching
+from lowrank_nn.pipeline.evidence import measured_fisher
 from lowrank_nn.pipeline.select import Patterns
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning import BatchLoss
-from lowrank_nn.planning.fisher import diagonal_fisher
 
 _CLASSES: tuple[type[CompressedLayer], ...] = (CodebookConv2d, CodebookLinear)
 
@@ -88,11 +88,4 @@ class Codebook(Step):
         """
         if state.dry or self.batches is None or self.loss is None:
             return {}
-        paths = [decision.path for decision in decisions]
-        fisher = diagonal_fisher(state.model, self.batches, self.loss, paths=paths)
-        missing = sorted(set(paths) - set(fisher))
-        if missing:
-            raise PlanError(
-                f"Codebook: the loss does not depend on {', '.join(missing)}; leave them out (but_not=...)."
-            )
-        return {path: {"fisher": fisher[path]} for path in paths}
+        return measured_fisher("Codebook", state, decisions, self.batches, self.loss)

@@ -17,13 +17,13 @@ from lowrank_nn.errors import LowRankError, PlanError
 from lowrank_nn.graph import Recording, record
 from lowrank_nn.graph.derive import deep_copy
 from lowrank_nn.graph.inputs import tensors
+from lowrank_nn.graph.preserve import preserved_random_state
 from lowrank_nn.graph.sites import refuse_opaque
 from lowrank_nn.graph.surgery import named_tensors
 from lowrank_nn.pipeline.accounts import measured_latency, plan_report, result_report
 from lowrank_nn.pipeline.batches import device_of, read_calibration
 from lowrank_nn.pipeline.copies import record_result, working_copy
 from lowrank_nn.pipeline.latency import dry_run_in_time
-from lowrank_nn.pipeline.random_state import preserved_random_state
 from lowrank_nn.pipeline.recipes import Recipe, read_recipe
 from lowrank_nn.pipeline.result import Result
 from lowrank_nn.pipeline.search import smallest_within

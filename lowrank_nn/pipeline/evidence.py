@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_nn.decompose import Metric
-from lowrank_nn.errors import CalibrationError
+from lowrank_nn.errors import CalibrationError, PlanError
 from lowrank_nn.graph.links import Link, find_links
 from lowrank_nn.graph.surgery import named_tensors
 from lowrank_nn.pipeline.apply import refusal
 from lowrank_nn.pipeline.reconstruct import reconstruct
 from lowrank_nn.pipeline.state import Decision, State, build
-from lowrank_nn.planning import collect_metrics
+from lowrank_nn.planning import BatchLoss, collect_metrics, diagonal_fisher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +157,30 @@ def _correct_mean(model: nn.Module, before: nn.Module, path: str, evidence: Evid
     assert isinstance(old, Tensor)
     running_mean = model.get_buffer(f"{norm}.running_mean")
     running_mean += evidence.metrics[path].mean_output(new - old).to(running_mean)
+
+
+def measured_fisher(
+    step: str, state: State, decisions: Sequence[Decision], batches: Iterable[Any], loss: BatchLoss
+) -> dict[str, dict[str, Any]]:
+    """Return by path the diagonal Fisher information of each layer, as the option ``fisher`` that it is built with.
+
+    Args:
+        step: Name of the step, for the message.
+        state: The model on its way.
+        decisions: Those that replace a layer.
+        batches: Batches for ``loss``.
+        loss: ``loss(model, batch)``, a scalar.
+
+    Raises:
+        PlanError: The loss does not depend on some of the layers.
+        CalibrationError: There are no batches, or the loss is not finite.
+    """
+    paths = [decision.path for decision in decisions]
+    fisher = diagonal_fisher(state.model, batches, loss, paths=paths)
+    missing = sorted(set(paths) - set(fisher))
+    if missing:
+        raise PlanError(f"{step}: the loss does not depend on {', '.join(missing)}; leave them out (but_not=...).")
+    return {path: {"fisher": fisher[path]} for path in paths}
 
 
 def changed_since_given(state: State) -> bool:

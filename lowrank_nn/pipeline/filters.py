@@ -83,18 +83,12 @@ class FilterRemoval:
         notes = {group.name: group.frozen for group in wanted if group.frozen}
         notes |= {g.name: self._silence(model, g) for g in open_groups if g.name not in scores}
         if self.amount is None:
-            every = dataclasses.replace(self.keep, scope="layer")
-            probe = removals_of(wanted, every.choose(scores, _PROBED, widths))
-            notes |= self._prove(state, model, probe, widths).refused
-            scores = {name: values for name, values in scores.items() if name not in notes}
             removals, refused = self._within_budget(state, model, wanted, scores, widths)
-            notes |= refused
         else:
             chosen = removals_of(wanted, self.keep.choose(scores, self.amount, widths))
             proof = self._prove(state, model, chosen, widths)
-            removals = list(proof.proven)
-            notes |= proof.refused
-        return _decisions(wanted, {removal.group.name: removal for removal in removals}, notes)
+            removals, refused = proof.proven, proof.refused
+        return _decisions(wanted, {removal.group.name: removal for removal in removals}, notes | refused)
 
     def execute(self, state: State, decisions: Sequence[Decision]) -> None:
         """Remove as many units of each group as decided, those that matter least now, and prove it."""
@@ -105,16 +99,7 @@ class FilterRemoval:
             resize_free_norms(state.model, channels)
             state.pruned = (smaller, recording)
         else:
-            widths = shared_widths([removal.group for removal in removals], named_tensors(state.model))
-            if changed_since_given(state):
-                proof = _proof(state, state.model, self._chosen_now(state, removals), widths)
-            else:  # with an amount, the plan has proven it of these very numbers
-                proof = self._prove(state, state.model, removals, widths)
-            for name, reason in proof.refused.items():
-                state.remark(_producers(_named(removals, name))[0], f"Prune: filters put back: {reason}")
-            if proof.untested:
-                state.remark("", f"Prune: removed filters are proven in eval mode only: {proof.untested}")
-            self._remove(state, proof.proven)
+            self._remove(state, self._proven_now(state, removals))
             state.pruned = (state.model, record(state.model, state.example_inputs))
         cut = {path for removal in removals for path in _producers(removal.group)}
         for decision in decisions:
@@ -135,9 +120,11 @@ class FilterRemoval:
         groups: Sequence[ChannelGroup],
         scores: Mapping[str, Tensor],
         widths: Sequence[SharedWidth],
-    ) -> tuple[list[Removal], dict[str, str]]:
+    ) -> tuple[Sequence[Removal], dict[str, str]]:
         """Return removals that meet the budget and run, and by name of other groups why they cannot lose as many."""
-        refused: dict[str, str] = {}
+        every = dataclasses.replace(self.keep, scope="layer")
+        probe = removals_of(groups, every.choose(scores, _PROBED, widths))
+        refused = self._prove(state, model, probe, widths).refused
         while True:
             left = {name: values for name, values in scores.items() if name not in refused}
             additive = self.criterion in ADDITIVE
@@ -149,7 +136,7 @@ class FilterRemoval:
                 found = self._prove(state, model, removals, widths).refused
                 if not found:
                     raise
-                refused |= found
+                refused = refused | found
             else:
                 return removals, refused
 
@@ -195,12 +182,9 @@ class FilterRemoval:
 
     def _silence(self, model: nn.Module, group: ChannelGroup) -> str:
         """Return why the criterion says nothing about a group."""
-        why = obstacle(model, group, self.criterion)
-        return (
-            f"criterion={self.criterion!r} says nothing about it: {why}"
-            if why
-            else "the criterion says nothing about it"
-        )
+        if why := obstacle(model, group, self.criterion):
+            return f"criterion={self.criterion!r} says nothing about it: {why}"
+        return "the criterion says nothing about it"
 
     def _prove(
         self, state: State, model: nn.Module, removals: Sequence[Removal], widths: Sequence[SharedWidth]
@@ -209,6 +193,20 @@ class FilterRemoval:
         if proof.refused:  # the others were proven together
             _cached(state, ("proof", *proof.proven), lambda: dataclasses.replace(proof, refused={}))
         return proof
+
+    def _proven_now(self, state: State, removals: Sequence[Removal]) -> Sequence[Removal]:
+        """Return what can be removed of the model with its numbers; the report says what not."""
+        widths = shared_widths([removal.group for removal in removals], named_tensors(state.model))
+        if changed_since_given(state):
+            proof = _proof(state, state.model, self._chosen_now(state, removals), widths)
+        else:  # with an amount, the plan has proven it of these very numbers
+            proof = self._prove(state, state.model, removals, widths)
+        groups = {removal.group.name: removal.group for removal in removals}
+        for name, reason in proof.refused.items():
+            state.remark(_producers(groups[name])[0], f"Prune: filters put back: {reason}")
+        if proof.untested:
+            state.remark("", f"Prune: removed filters are proven in eval mode only: {proof.untested}")
+        return proof.proven
 
     def _chosen_now(self, state: State, removals: Sequence[Removal]) -> list[Removal]:
         """Return as many units of each group, chosen by the weights as they are now."""
@@ -254,10 +252,6 @@ def _producers(group: ChannelGroup) -> list[str]:
     """Return the paths of the modules that compute the units; of those that hold them, where none does."""
     computing = [member for member in group.members if member.role == "out"] or group.members[:1]
     return list(dict.fromkeys(member.name.rpartition(".")[0] for member in computing))
-
-
-def _named(removals: Sequence[Removal], name: str) -> ChannelGroup:
-    return next(removal.group for removal in removals if removal.group.name == name)
 
 
 def _decisions(

@@ -180,33 +180,36 @@ class FineTune(Step):
         """Return the loss of one batch: the task's, and guidance and regularizer on top."""
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
-            inputs, targets, expected = None, None, None
-            if self.loss is None or guidance is not None:
-                inputs, targets = split_batch(batch, state.example_inputs)
-                with torch.no_grad():
-                    expected = call_model(teacher, inputs)
-            if self.loss is not None:
-                task = self.loss(model, batch)
-            else:
-                task = distill_loss(
-                    logits_of(call_model(model, inputs)),
-                    logits_of(expected),
-                    targets,
-                    temperature=self.temperature,
-                    alpha=self.alpha,
-                    class_dim=self.class_dim,
-                    ignore_index=self.ignore_index,
-                )
-            return task if guidance is None else guidance.total(task)
-
-        def complete(model: nn.Module, batch: Any) -> Tensor:
             mixed = self.autocast is not None
             with torch.autocast(device.type, dtype=self.autocast) if mixed else contextlib.nullcontext():
-                value = loss(model, batch)
+                value = self._task_loss(model, batch, teacher, state.example_inputs, guided=guidance is not None)
+                if guidance is not None:
+                    value = guidance.total(value)
             # Of the model itself: the wrapper of several processes has other names for its parts.
             return value if self.regularizer is None else value + self.regularizer(state.model)
 
-        return complete
+        return loss
+
+    def _task_loss(
+        self, model: nn.Module, batch: Any, teacher: nn.Module, example_inputs: Any, *, guided: bool
+    ) -> Tensor:
+        """Return the user's loss, or else that of distillation; for either, a guidance wants the teacher to run."""
+        if self.loss is not None and not guided:
+            return self.loss(model, batch)
+        inputs, targets = split_batch(batch, example_inputs)
+        with torch.no_grad():
+            expected = call_model(teacher, inputs)
+        if self.loss is not None:
+            return self.loss(model, batch)
+        return distill_loss(
+            logits_of(call_model(model, inputs)),
+            logits_of(expected),
+            targets,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            class_dim=self.class_dim,
+            ignore_index=self.ignore_index,
+        )
 
     def _adamw(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=1e-4)

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_nn.errors import OptionError, PlanError, is_share
+from lowrank_nn.errors import OptionError, is_share
 from lowrank_nn.layers import CompressedLayer, PrunedConv2d, PrunedLinear
 from lowrank_nn.layers._masks import GRANULARITIES, Granularity
 from lowrank_nn.pipeline.apply import decide_layer, matching
+from lowrank_nn.pipeline.evidence import measured_fisher
 from lowrank_nn.pipeline.filters import FilterRemoval
 from lowrank_nn.pipeline.select import Patterns
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.planning import BatchLoss
-from lowrank_nn.planning.fisher import diagonal_fisher
 from lowrank_nn.planning.importance import FROM_LOSS, UNIT_CRITERIA, UnitCriterion
 from lowrank_nn.planning.unit_choice import KeepRule, Scope
 
@@ -155,7 +155,7 @@ class Prune(Step):
         """Return the Fisher information of each layer to be pruned, for ``"obd"``.
 
         Raises:
-            PlanError: The batches are used up.
+            PlanError: The loss does not depend on some of the layers.
         """
         if state.dry or self.criterion != "obd":
             return {
@@ -163,12 +163,7 @@ class Prune(Step):
             }
         assert self.batches is not None
         assert self.loss is not None
-        paths = [decision.path for decision in decisions]
-        fisher = diagonal_fisher(state.model, self.batches, self.loss, paths=paths)
-        missing = sorted(set(paths) - set(fisher))
-        if missing:
-            raise PlanError(f"Prune: the loss does not depend on {', '.join(missing)}; leave them out (but_not=...).")
-        return {path: {"fisher": fisher[path]} for path in paths}
+        return measured_fisher("Prune", state, decisions, self.batches, self.loss)
 
 
 def _flat_fisher(step: Prune, layer: nn.Module) -> dict[str, Tensor]:

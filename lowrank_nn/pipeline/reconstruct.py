@@ -16,7 +16,7 @@ from lowrank_nn.graph import Link
 from lowrank_nn.graph.lockstep import Pair, run_in_lockstep
 from lowrank_nn.layers import CompressedLayer, LowRankLayer, layer_output_shape
 from lowrank_nn.layers._quantized import QuantLayer
-from lowrank_nn.planning.calibration import model_inputs
+from lowrank_nn.planning.calibration import model_inputs, several_batches
 from lowrank_nn.planning.regression import RIDGES, MomentSums, choose_ridge
 
 MAX_FEATURES = 5000
@@ -76,9 +76,7 @@ def reconstruct(
     Raises:
         CalibrationError: There are no batches, or a forward failed.
     """
-    if isinstance(batches, (Tensor, Mapping)):
-        batches = [batches]
-    inputs = [model_inputs(dense, batch) for batch in batches]
+    inputs = [model_inputs(dense, batch) for batch in several_batches(batches)]
     if not inputs:
         raise CalibrationError("reconstruction: there are no batches. Pass an iterable with at least one.")
     paths = list(paths)

@@ -14,10 +14,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lowrank_nn.errors import BudgetError, OptionError, PlanError
+from lowrank_nn.graph.preserve import preserved_random_state
 from lowrank_nn.pipeline import distributed
 from lowrank_nn.pipeline.batches import device_of
 from lowrank_nn.pipeline.finetune import FineTune
-from lowrank_nn.pipeline.random_state import preserved_random_state
 from lowrank_nn.pipeline.result import Probe, Result
 from lowrank_nn.pipeline.state import State, Step
 from lowrank_nn.pipeline.training import as_metric

@@ -134,8 +134,10 @@ class State:
 
     def is_resized(self, path: str) -> bool:
         """Whether the layer at ``path`` has lost channels."""
-        module = dict(self.model.named_modules(remove_duplicate=False)).get(path)
-        return module is not None and resized_attributes(module) is not None
+        try:
+            return resized_attributes(self.model.get_submodule(path)) is not None
+        except AttributeError:  # there is no module any more
+            return False
 
     def replace(self, path: str, new: nn.Module) -> None:
         """Put ``new`` in the place of the layer at ``path``, under all its names."""

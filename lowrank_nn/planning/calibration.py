@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_nn.errors import CalibrationError, LowRankError, PlanError
-from lowrank_nn.graph import call_model
-from lowrank_nn.graph.inputs import tensors
+from lowrank_nn.graph.inputs import run_batch, tensors
 from lowrank_nn.graph.sites import describe_paths
 
 
@@ -110,6 +109,11 @@ def watch(
     vars(layer)["forward"] = watched
 
 
+def several_batches(batches: Iterable[Any]) -> Iterable[Any]:
+    """Return what to go through batch by batch: a single tensor or mapping is one batch."""
+    return [batches] if isinstance(batches, (Tensor, Mapping)) else batches
+
+
 def run_batches(model: nn.Module, batches: Iterable[Any], *, max_batches: int | None, progress: bool) -> Iterator[Any]:
     """Call ``model`` on calibration data batch by batch, and yield what it was called with, for :func:`call_model`.
 
@@ -122,13 +126,11 @@ def run_batches(model: nn.Module, batches: Iterable[Any], *, max_batches: int | 
     Raises:
         CalibrationError: There are no batches, there is nothing in them, or the forward failed on one.
     """
-    if isinstance(batches, (Tensor, Mapping)):
-        batches = [batches]
-    shown = tqdm(batches, desc="calibration", disable=None if progress else True, leave=False)
+    shown = tqdm(several_batches(batches), desc="calibration", disable=None if progress else True, leave=False)
     count, empty = 0, True
     for count, batch in enumerate(itertools.islice(shown, max_batches), 1):
         inputs = model_inputs(model, batch)
-        _run(model, inputs, count)
+        run_batch(model, inputs, count)
         empty = empty and {tensor.numel() for tensor in tensors(inputs)} == {0}
         yield inputs
     if count == 0:
@@ -150,15 +152,3 @@ def _takes_keywords(model: nn.Module, keywords: Mapping[Any, Any]) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _run(model: nn.Module, inputs: Any, number: int) -> None:
-    try:
-        call_model(model, inputs)
-    except LowRankError:
-        raise
-    except Exception as error:
-        raise CalibrationError(
-            f"calibration: the forward failed on batch {number}: {type(error).__name__}: {error}. Each batch must be "
-            "what the model is called with (labels may follow), on the model's device and of its dtype."
-        ) from error

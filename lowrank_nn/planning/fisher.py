@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_nn.accelerator import generators_kept
 from lowrank_nn.errors import CalibrationError, OptionError
+from lowrank_nn.graph.fold import DENSE
+from lowrank_nn.graph.preserve import untouched
 from lowrank_nn.layers import PrunedConv2d, PrunedLayer
 
 BatchLoss = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch)``: calls the model on the batch and returns a scalar."""
-
-_DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 
 def diagonal_fisher(
@@ -70,7 +68,10 @@ def diagonal_fisher(
     weights = {path: _parameter(layer) for path, layer in layers.items()}
     sums: dict[str, Tensor] = {}
     count = 0
-    with _undisturbed(model, list(weights.values())):
+    with untouched(model), torch.enable_grad():
+        model.eval().requires_grad_(False)
+        for weight in weights.values():
+            weight.requires_grad_(True)
         for batch in itertools.islice(batches, max_batches):
             for sample in _samples(batch) if per_sample else (batch,):
                 _add_squares(sums, weights, _checked(loss(model, sample)))
@@ -97,7 +98,7 @@ def _layers(model: nn.Module, paths: Iterable[str] | None) -> dict[str, nn.Modul
 
 
 def _is_weighted(layer: nn.Module) -> bool:
-    return isinstance(layer, PrunedLayer) or (isinstance(layer, _DENSE) and "weight" in layer._parameters)
+    return isinstance(layer, PrunedLayer) or (isinstance(layer, DENSE) and "weight" in layer._parameters)
 
 
 def _parameter(layer: nn.Module) -> nn.Parameter:
@@ -130,35 +131,6 @@ def _add_squares(sums: dict[str, Tensor], weights: dict[str, nn.Parameter], loss
             sums[path].addcmul_(wide, wide)
         else:
             sums[path] = wide.square()
-
-
-@contextlib.contextmanager
-def _undisturbed(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
-    """Run the block in evaluation mode with gradients for ``weights`` alone, and put everything back."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        model.eval().requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        with generators_kept(), torch.enable_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
 
 
 def _samples(batch: Any) -> Iterator[Any]:

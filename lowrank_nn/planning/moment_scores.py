@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import CalibrationError
 from lowrank_nn.graph import find_links
 from lowrank_nn.graph.groups import ChannelGroup, Member
-from lowrank_nn.planning.calibration import model_inputs
+from lowrank_nn.planning.calibration import model_inputs, several_batches
 from lowrank_nn.planning.metrics import collect_metrics
 from lowrank_nn.planning.selection import Reader, greedy_scores, lasso_scores, obs_scores
+from lowrank_nn.planning.unit_signals import Score, readers
 
 MOMENT_CRITERIA: dict[str, Callable[[Sequence[Reader]], Tensor]] = {
     "lasso": lasso_scores,
@@ -32,7 +33,7 @@ def from_moments(
     corrected: bool,
     seed: int,
     progress: bool,
-) -> Callable[[ChannelGroup], Tensor | None]:
+) -> Score:
     """Collect the metrics of all readers, and return what scores a group by them.
 
     A group of which some reader is neither an ``nn.Conv2d`` nor an ``nn.Linear`` that is called gets no scores.
@@ -54,7 +55,7 @@ def from_moments(
             f"criterion={criterion!r} looks at what layers are called with, and there are no calibration batches. Pass "
             "compress_model(..., calibration=batches)."
         )
-    batches = [calibration] if isinstance(calibration, (Tensor, Mapping)) else calibration
+    batches = several_batches(calibration)
     paths = dict.fromkeys(path for group in groups for path, _, _ in readers_of(model, group))
     metrics = collect_metrics(model, batches, paths, seed=seed, progress=progress)
     makes_up = _making_up(model, batches, paths) if corrected else set()
@@ -74,10 +75,8 @@ def from_moments(
 
 def readers_of(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[str, nn.Conv2d | nn.Linear, Member]]:
     """Yield the layers that multiply the units of a group with columns of their weight: path, layer and member."""
-    for member in group.members:
-        path, _, name = member.name.rpartition(".")
-        layer = model.get_submodule(path)
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and (member.role, name, member.dim) == ("in", "weight", 1):
+    for path, layer, member in readers(model, group):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and member.dim == 1:
             yield path, layer, member
 
 

@@ -37,8 +37,8 @@ def mean_of(values: list[Tensor]) -> Tensor | None:
     return torch.stack([value.cpu() for value in values]).mean(0) if values else None
 
 
-def _readers(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[str, Any, Member]]:
-    """Yield the convolutions and linear layers that read the units."""
+def readers(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[str, Any, Member]]:
+    """Yield the convolutions and linear layers that read the units: path, layer and the member that is its weight."""
     for member in group.members:
         path, _, name = member.name.rpartition(".")
         layer = model.get_submodule(path)
@@ -58,20 +58,24 @@ def from_inputs(
     calibration: Iterable[Any] | None,
     progress: bool,
 ) -> Score:
-    """Measure the inputs of all readers, and return what scores a group by them."""
+    """Measure the inputs of all readers, and return what scores a group by them.
+
+    Raises:
+        CalibrationError: There are no batches, or they are not usable.
+    """
     if calibration is None:
         raise CalibrationError(
             f"criterion={criterion!r} looks at activations and there are no calibration batches. Pass "
             "compress_model(..., calibration=batches)."
         )
-    layers = {path: layer for group in groups for path, layer, _ in _readers(model, group) if _is_plain(layer)}
+    layers = {path: layer for group in groups for path, layer, _ in readers(model, group) if _is_plain(layer)}
     signal = (lambda x: x != 0) if criterion == "apoz" else torch.abs
     of_channels = _channel_means(model, layers, signal, calibration, progress)
 
     def score(group: ChannelGroup) -> Tensor | None:
         means = [
             of_channels[path][torch.tensor(member.positions, device=of_channels[path].device)].mean(1)
-            for path, _, member in _readers(model, group)
+            for path, _, member in readers(model, group)
             if path in of_channels
         ]
         return mean_of(means if criterion == "apoz" else [relative(mean) for mean in means])
@@ -111,20 +115,24 @@ def from_loss(
     batches: Iterable[Any] | None,
     loss: BatchLoss | None,
 ) -> Score:
-    """Propagate the loss back, and return what scores a group by what its readers do to it."""
+    """Propagate the loss back, and return what scores a group by what its readers do to it.
+
+    Raises:
+        CalibrationError: There are no batches or no loss, or it is not one number that depends on the weights.
+    """
     if batches is None or loss is None:
         raise CalibrationError(
             f"criterion={criterion!r} needs batches=... and loss=... (loss(model, batch) -> scalar)."
         )
     if criterion == "taylor":
         return _first_order(model, groups, batches, loss)
-    paths = dict.fromkeys(path for group in groups for path, _, _ in _readers(model, group))
+    paths = dict.fromkeys(path for group in groups for path, _, _ in readers(model, group))
     fisher = diagonal_fisher(model, batches, loss, paths=paths)
 
     def score(group: ChannelGroup) -> Tensor | None:
         terms = [
             (unit_slices(layer.weight, member).square() * unit_slices(fisher[path], member)).sum(1).cpu() / 2
-            for path, layer, member in _readers(model, group)
+            for path, layer, member in readers(model, group)
             if path in fisher
         ]
         return torch.stack(terms).sum(0) if terms else None
@@ -139,25 +147,26 @@ def _first_order(model: nn.Module, groups: Sequence[ChannelGroup], batches: Iter
     sums: dict[str, Tensor] = {}
     count = 0
     with evaluating(model), torch.enable_grad():
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for weight in weights.values():
             weight.requires_grad_(True)
         for batch in batches:
+            count += 1
             gradients = torch.autograd.grad(_scalar(loss(model, batch)), list(weights.values()), allow_unused=True)
             by_name = {name: g for name, g in zip(weights, gradients, strict=True) if g is not None}
-            count += 1
             for group, found in readers.items():
-                terms = [
-                    (unit_slices(weights[m.name], m) * unit_slices(by_name[m.name], m)).sum(1).cpu()
-                    for m in found
-                    if m.name in by_name
-                ]
-                if terms:
-                    sums[group] = sums.get(group, 0) + torch.stack(terms).sum(0).abs()
+                known = [(weights[m.name], by_name[m.name], m) for m in found if m.name in by_name]
+                if known:
+                    sums[group] = sums.get(group, 0) + _sum_of_products(known).abs()
     if not count:
         raise CalibrationError("criterion='taylor': batches gave nothing. Pass at least one batch.")
     return lambda group: sums[group.name] / count if group.name in sums else None
+
+
+def _sum_of_products(terms: Iterable[tuple[Tensor, Tensor, Member]]) -> Tensor:
+    """Return for each unit the sum of products of two tensors over its slices, and over all terms; on the CPU."""
+    products = [(unit_slices(a, member) * unit_slices(b, member)).sum(1).cpu() for a, b, member in terms]
+    return torch.stack(products).sum(0)
 
 
 def _scalar(loss: Tensor) -> Tensor:

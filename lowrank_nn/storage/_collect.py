@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,8 +41,7 @@ def describe_layers(model: nn.Module) -> tuple[LayerEntry, ...]:
                 entries.append(LayerEntry(path, type(module).__name__, module.config(), tuple(aliases)))
             else:
                 problems.append(f"{path!r} {problem}")
-    if problems:
-        raise OptionError("save: the model cannot be written:\n" + "\n".join(f"  - {p}" for p in problems))
+    _refuse(problems)
     return tuple(entries)
 
 
@@ -67,22 +67,27 @@ def state_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors[key] = value
         else:
             tied[key] = earlier
+    _refuse(problems)
+    return tensors, tied
+
+
+def _refuse(problems: Sequence[str]) -> None:
     if problems:
         raise OptionError("save: the model cannot be written:\n" + "\n".join(f"  - {p}" for p in problems))
-    return tensors, tied
 
 
 def packings(model: nn.Module) -> dict[str, Packing]:
     """Return what the compressed layers of ``model`` say about their tensors, by key; masks are named by their keys."""
     found: dict[str, Packing] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, CompressedLayer):
-            prefix = f"{path}." if path else ""
-            for name, packing in module.packing().items():
-                mask = None if packing.mask is None else prefix + packing.mask
-                found[prefix + name] = Packing(packing.bits, mask)
-                if mask is not None:
-                    found.setdefault(mask, Packing(bits=1))
+        if not isinstance(module, CompressedLayer):
+            continue
+        prefix = f"{path}." if path else ""
+        for name, packing in module.packing().items():
+            mask = None if packing.mask is None else prefix + packing.mask
+            found[prefix + name] = Packing(packing.bits, mask)
+            if mask is not None:
+                found.setdefault(mask, Packing(bits=1))
     return found
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lowrank_nn.graph.derive import meta_copy
 from lowrank_nn.layers import CompressedLayer
 from lowrank_nn.storage._encoding import DTYPES
 from lowrank_nn.storage._open import OpenFile
@@ -22,7 +21,7 @@ def find_misfits(file: OpenFile, model: nn.Module) -> list[str]:
     The layers are rebuilt on a copy of the model that has shapes but no memory, whose state is then compared.
     """
     structure = file.structure
-    skeleton, failed, replaced = rebuild_layers(_skeleton(model), structure, fill=False)
+    skeleton, failed, replaced = rebuild_layers(meta_copy(model), structure, fill=False)
     problems = [f"{path!r} {problem}" for path, problem in failed.items()]
     problems += _unlisted_layers(structure, skeleton)
 
@@ -39,16 +38,6 @@ def find_misfits(file: OpenFile, model: nn.Module) -> list[str]:
             rebuilt = any(is_inside(key, path) for path in replaced)
             problems += [f"{key!r} {problem}" for problem in _differences(value, stored[key], rebuilt)]
     return problems + _broken_ties(expected, first_keys, file) + _unfillable(model)
-
-
-def _skeleton(model: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        bare: Tensor = torch.empty_like(tensor, device="meta")
-        if isinstance(tensor, nn.Parameter):
-            bare = nn.Parameter(bare, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = bare
-    return copy.deepcopy(model, memo)
 
 
 def _unlisted_layers(structure: Structure, model: nn.Module) -> list[str]:

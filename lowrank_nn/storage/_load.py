@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,18 +89,23 @@ def _decode_all(file: OpenFile) -> tuple[dict[str, Tensor], list[str]]:
 @torch.no_grad()
 def _load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     fresh: dict[int, Tensor] = {}
-    for path, module in model.named_modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                stored = tensors.get(f"{path}.{name}" if path else name)
-                if tensor is None or stored is None or (tensor.dtype == stored.dtype and _can_be_filled(tensor)):
-                    continue
-                if id(tensor) not in fresh:
-                    fresh[id(tensor)] = _empty_like(tensor, stored.dtype)
-                table[name] = fresh[id(tensor)]
+    for key, table, name in _slots(model):
+        tensor, stored = table[name], tensors.get(key)
+        if tensor is None or stored is None or (tensor.dtype == stored.dtype and _can_be_filled(tensor)):
+            continue
+        if id(tensor) not in fresh:
+            fresh[id(tensor)] = _empty_like(tensor, stored.dtype)
+        table[name] = fresh[id(tensor)]
     state = model.state_dict()  # carries the versions of the modules
     state.update(tensors)
     model.load_state_dict(state)
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield where the modules hold parameters and buffers: the key, the table, and the name in it."""
+    for path, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            yield from ((f"{path}.{name}" if path else name, table, name) for name in table)
 
 
 def _can_be_filled(tensor: Tensor) -> bool:

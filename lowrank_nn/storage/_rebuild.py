@@ -41,17 +41,15 @@ def rebuild_layers(
     for entry in structure.layers:
         if any(is_inside(entry.path, path) for path in problems):
             continue
-        modules = dict(model.named_modules(remove_duplicate=False))
-        slot = modules.get(entry.path)
-        problem = _slot_problem(entry, slot, modules)
-        if problem is None and slot is not None and not _is_there(entry, slot):
-            layer = _construct(entry, slot)
-            problem = layer if isinstance(layer, str) else _argument_problem(layer, slot, takes_bias=folds)
-            if problem is None and not isinstance(layer, str):
+        try:
+            slot = _slot(model, entry)
+            if not _is_there(entry, slot):
+                layer = _construct(entry, slot)
+                _check_arguments(layer, slot, takes_bias=folds)
                 model = replace_module(model, entry.path, _prepare(layer, slot, entry, fill))
                 replaced.update((entry.path, *entry.aliases))
-        if problem is not None:
-            problems[entry.path] = problem
+        except _MisfitError as misfit:
+            problems[entry.path] = str(misfit)
     problems |= fold_again(model, structure.identities, structure.keys() if folds else ())
     return model, problems, frozenset(replaced)
 
@@ -74,25 +72,35 @@ def is_inside(path: str, parent: str) -> bool:
     return parent == "" or path == parent or path.startswith(f"{parent}.")
 
 
-def _slot_problem(entry: LayerEntry, slot: nn.Module | None, modules: dict[str, nn.Module]) -> str | None:
+class _MisfitError(Exception):
+    """A layer of the file does not fit the model; the message says why, to be put after its path."""
+
+
+def _slot(model: nn.Module, entry: LayerEntry) -> nn.Module:
+    """Return the module that stands where the layer goes."""
     cls = LAYERS.get(entry.name)
     if cls is None:
-        return (
+        raise _MisfitError(
             f"is a {entry.name}, which is not registered. Import the module that registers it, then load again "
             f"(registered: {', '.join(LAYERS)})."
         )
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    slot = modules.get(entry.path)
     if slot is None:
-        return f"is a {entry.name} in the file, but the model has no module there."
+        raise _MisfitError(f"is a {entry.name} in the file, but the model has no module there.")
     stands_for = slot.replaces if isinstance(slot, CompressedLayer) else type(slot)
     if not issubclass(stands_for, cls.replaces):
-        return f"is a {entry.name} in the file, which replaces {cls.replaces.__name__}; the model has {_name(slot)}."
+        raise _MisfitError(
+            f"is a {entry.name} in the file, which replaces {cls.replaces.__name__}; the model has "
+            f"{type(slot).__name__}."
+        )
     shared = {path for path, module in modules.items() if module is slot and path != entry.path}
     if shared != set(entry.aliases):
-        return (
+        raise _MisfitError(
             f"is shared with {sorted(entry.aliases) or 'no other path'} in the file, with "
             f"{sorted(shared) or 'no other path'} in the model."
         )
-    return None
+    return slot
 
 
 def _is_there(entry: LayerEntry, slot: nn.Module) -> bool:
@@ -101,16 +109,17 @@ def _is_there(entry: LayerEntry, slot: nn.Module) -> bool:
     return isinstance(slot, CompressedLayer) and bool(_plain(slot.config()) == _plain(entry.config))
 
 
-def _construct(entry: LayerEntry, slot: nn.Module) -> CompressedLayer | str:
-    """Return the layer on the meta device, or why there is none."""
+def _construct(entry: LayerEntry, slot: nn.Module) -> CompressedLayer:
+    """Return the layer on the meta device."""
     try:
         return LAYERS[entry.name](**entry.config, device="meta", dtype=_float_dtype(slot))
     except Exception as error:
         # A constructor may raise anything on values that it was not written for.
-        return f"({entry.name}) has a config that its class refuses: {error}"
+        raise _MisfitError(f"({entry.name}) has a config that its class refuses: {error}") from error
 
 
-def _argument_problem(layer: CompressedLayer, slot: nn.Module, *, takes_bias: bool) -> str | None:
+def _check_arguments(layer: CompressedLayer, slot: nn.Module, *, takes_bias: bool) -> None:
+    """Refuse a layer of other sizes than the one in its place."""
     saved = layer.dense_arguments()
     if takes_bias and saved.get("bias"):
         del saved["bias"]  # a folded norm may have left it
@@ -120,7 +129,8 @@ def _argument_problem(layer: CompressedLayer, slot: nn.Module, *, takes_bias: bo
         for name, value in saved.items()
         if name in held and _plain(value) != _plain(held[name])
     ]
-    return f"({type(layer).__name__}) has {'; '.join(differing)}." if differing else None
+    if differing:
+        raise _MisfitError(f"({type(layer).__name__}) has {'; '.join(differing)}.")
 
 
 def _has_bias(layer: nn.Module) -> dict[str, Any]:
@@ -172,7 +182,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return tuple(_plain(item) for item in value) if isinstance(value, (list, tuple)) else value
-
-
-def _name(module: nn.Module) -> str:
-    return type(module).__name__

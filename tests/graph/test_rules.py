@@ -140,6 +140,7 @@ REMOVABLE = {
     "distances": (lambda net, a, b: torch.cdist(a.flatten(2).mT, b.flatten(2).mT), BOTH),
     "tensordot": (lambda net, a, b: torch.tensordot(a, b, ([1, 2], [1, 2])), BOTH),
     "triangle": (lambda net, a, b: a.tril() + b.triu(1), BOTH),
+    "by default the last": (lambda net, a, b: (a.kthvalue(2)[0] + b.mode()[0])[..., None], BOTH),
     "differences": (lambda net, a, b: a.diff() + b.diff(dim=3), BOTH),
     "added by index": (lambda net, a, b: a.index_add(2, torch.tensor([0, 0, 1, 3]), b), BOTH),
     "scattered": (lambda net, a, b: a.scatter_add(3, (b > 0).long(), b), BOTH),

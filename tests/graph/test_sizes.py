@@ -120,11 +120,11 @@ def test_slices_that_begin_or_end_at_an_attribute():
 
 
 @pytest.mark.parametrize("border", [0, 16, 20])
-def test_slices_of_all_or_nothing(border):
+def test_channels_of_which_a_slice_takes_none_stay(border):
     model, _ = seeded(lambda: (Sliced(border), None))()
-    removals = removals_of(model, 3)
-    remove_units(model, prove(model, removals, X).proven)
-    assert model(X).shape == (3, 4)
+    first, _ = find_groups(model, X)
+    assert (first.name, first.size) == ("first", 16)
+    assert first.frozen == "mixed by __getitem__ in the model itself, which reads by number"
 
 
 def test_slices_between_attributes_are_read_by_number():

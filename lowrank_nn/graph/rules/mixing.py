@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_nn.graph.labels import Labels, merge, mix, split_dim, support
+from lowrank_nn.graph.labels import Labels, in_groups, join_dims, merge, mix, support
 from lowrank_nn.graph.rules._call import RULES, Call, Outcome, Planes, Rule, aligned, functions, normal_dims, rule_for
 from lowrank_nn.graph.rules.elementwise import elementwise, per_channel
 from lowrank_nn.graph.units import Mean
@@ -23,10 +23,8 @@ def of_parameters(labels: Labels) -> bool:
 
 def mix_all(call: Call, labels: Labels, dims: Iterable[int]) -> Planes:
     """Return the planes of a tensor of which an operation mixes all along ``dims``, without changing its dimensions."""
-    dims = list(dims)
-    mixed = [
-        mix(call.units, plane, dims, call.where) if support(plane) & set(dims) else plane for plane in labels.planes
-    ]
+    dims = set(dims)
+    mixed = (mix(call.units, plane, dims, call.where) for plane in labels.planes)
     return [plane for plane in mixed if plane is not None]
 
 
@@ -80,12 +78,11 @@ def _along(position: int, default: Any = None) -> Rule:
 
 rule_for(
     """softmax log_softmax softmin mean sum nansum nanmean prod amax amin aminmax argmax argmin std var std_mean
-    var_mean logsumexp any all median nanmedian mode cumsum cumprod cummax cummin logcumsumexp sort argsort msort
-    count_nonzero"""
+    var_mean logsumexp any all median nanmedian cumsum cumprod cummax cummin logcumsumexp msort count_nonzero"""
 )(_along(1))
-rule_for("norm vector_norm topk kthvalue")(_along(2))
-rule_for("topk")(_along(2, -1))
-rule_for("sort argsort")(_along(1, -1))
+rule_for("sort argsort mode")(_along(1, -1))
+rule_for("norm vector_norm")(_along(2))
+rule_for("topk kthvalue")(_along(2, -1))
 
 
 @rule_for("tril triu")
@@ -202,13 +199,9 @@ def group_norm(call: Call) -> list[Planes]:
     planes = mix_all(call, call.first, range(2, len(call.first.shape)))
     if groups == 1 and isinstance(call.argument(2, "weight"), nn.Parameter):
         return [per_channel(call, planes, parameters)]
-    size = call.first.shape[1]
-    split = [split_dim(plane, 1, size // groups) if plane.shape[1] > 1 else plane.unsqueeze(2) for plane in planes]
-    shape = (call.first.shape[0], groups, size // groups, *call.first.shape[2:])
-    mixed = mix_all(call, Labels(shape, tuple(split)), [2])
-    wide = [plane.expand(-1, -1, size // groups, *plane.shape[3:]) for plane in mixed if plane.shape[1] > 1]
-    joined = [*(plane.flatten(1, 2) for plane in wide), *(plane[:, 0] for plane in mixed if plane.shape[1] == 1)]
-    return [per_channel(call, joined, parameters)]
+    grouped = in_groups(Labels(call.first.shape, tuple(planes)), 1, groups)
+    mixed = mix_all(call, grouped, [2])
+    return [per_channel(call, [join_dims(plane, 1, grouped.shape[1:3]) for plane in mixed], parameters)]
 
 
 @rule_for("layer_norm rms_norm")

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_nn.graph.inputs import tensors
-from lowrank_nn.graph.labels import Labels, concatenate, mix, move, split_dim, support
+from lowrank_nn.graph.labels import Labels, concatenate, in_groups, move
 from lowrank_nn.graph.rules._call import RULES, Call, Planes, rule_for
+from lowrank_nn.graph.rules.mixing import mix_all
 from lowrank_nn.graph.sizes import flat_sizes
 
 RESHAPES: dict[Any, Any] = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}
@@ -140,32 +141,16 @@ def stack(call: Call) -> list[Planes]:
 
 def unfold(call: Call) -> list[Planes]:
     """Patches as columns (im2col): each channel becomes one row for every tap."""
-    planes = _over_space(call)
+    count = len(call.first.shape)
+    planes = [plane[..., 0] for plane in mix_all(call, call.first, [count - 2, count - 1])]
     taps = call.shapes[0][-2] // call.first.shape[-3]
     return [[plane.repeat_interleave(taps, dim=-2) if plane.shape[-2] > 1 else plane for plane in planes]]
 
 
-def _over_space(call: Call) -> Planes:
-    """Return the planes with space as one dimension, mixed."""
-    mixed = [
-        mix(call.units, plane, [plane.dim() - 2, plane.dim() - 1], call.where)
-        if support(plane) & {plane.dim() - 2, plane.dim() - 1}
-        else plane
-        for plane in call.first.planes
-    ]
-    return [plane[..., 0] for plane in mixed if plane is not None]
-
-
 def fold(call: Call) -> list[Planes]:
     """The inverse of ``unfold``: the taps of a channel are summed."""
-    taps = call.first.shape[-2] // call.shapes[0][-3]
-    planes = []
-    for plane in call.first.planes:
-        split = split_dim(plane, plane.dim() - 2, taps) if plane.shape[-2] > 1 else plane.unsqueeze(-2)
-        dims = [split.dim() - 2, split.dim() - 1]
-        kept = mix(call.units, split, dims, call.where) if support(split) & {*dims} else split
-        planes.extend([] if kept is None else [kept])
-    return [planes]
+    rows = len(call.first.shape) - 2
+    return [mix_all(call, in_groups(call.first, rows, call.shapes[0][-3]), [rows + 1, rows + 2])]
 
 
 RULES[F.unfold] = unfold

@@ -232,25 +232,16 @@ def _indices(index: Any, dims: int) -> Iterator[tuple[int, Any]]:
     """Yield the dimensions that an index reads, each with its part of the index."""
     parts = list(index) if isinstance(index, tuple) else [index]
     ellipsis = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
-    last = [part for part in parts[ellipsis + 1 :] if part is not None]
-    dim = 0
-    for part in parts[:ellipsis]:
-        if part is not None:
-            for _ in range(_width(part)):
-                yield dim, part
-                dim += 1
-    dim = dims - sum(_width(part) for part in last)
-    for part in last:
-        for _ in range(_width(part)):
-            yield dim, part
-            dim += 1
+    first, last = ([p for p in side for _ in range(_width(p))] for side in (parts[:ellipsis], parts[ellipsis + 1 :]))
+    yield from enumerate(first)
+    yield from enumerate(last, dims - len(last))
 
 
 def _width(part: Any) -> int:
-    """Return how many dimensions a part of an index reads: a mask as many as it has."""
+    """Return how many dimensions a part of an index reads: a mask as many as it has, None adds one and reads none."""
     if isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8):
         return part.dim()
-    return 0 if isinstance(part, bool) else 1
+    return 0 if part is None or isinstance(part, bool) else 1
 
 
 @rule_for("pad constant_pad_nd")
@@ -266,6 +257,5 @@ def pad(call: Call) -> list[Planes]:
     planes = []
     for plane in labels.planes:
         own = [pairs.get(dim, (0, 0)) if plane.shape[dim] > 1 else (0, 0) for dim in reversed(range(count))]
-        kept = compact(call.units, F.pad(plane, [width for pair in own for width in pair]), call.where)
-        planes.extend([] if kept is None else [kept])
-    return [planes]
+        planes.append(F.pad(plane, [width for pair in own for width in pair]))
+    return [compact(call.units, planes, call.where)]

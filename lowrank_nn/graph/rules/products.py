@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from lowrank_nn.graph.labels import Labels, compact, contract, merge, mix, split_dim, support
+from lowrank_nn.graph.labels import Labels, compact, contract, in_groups, join_dims, merge, mix, support
 from lowrank_nn.graph.rules._call import RULES, Call, Planes, aligned, rule_for
 from lowrank_nn.graph.rules.mixing import mix_all
 from lowrank_nn.graph.units import OUT
@@ -88,8 +88,7 @@ def _grouped(call: Call, x: Labels, kernel: Labels, groups: int, transposed: boo
             call.units, [(x, f"{batch}i"), (kernel, "io" if transposed else "oi")], f"{batch}o", call.where, weight=1
         )
     # The weight holds all groups along its first dimension: of the outputs, or where transposed of the inputs.
-    x = _split_dim(x, len(batch), groups)
-    kernel = _split_dim(kernel, 0, groups)
+    x, kernel = in_groups(x, len(batch), groups), in_groups(kernel, 0, groups)
     whole = groups >= min(WHOLE_GROUPS, x.shape[-1])
     if not whole:
         # The same channels of every group: groups of a few channels less each.
@@ -98,18 +97,7 @@ def _grouped(call: Call, x: Labels, kernel: Labels, groups: int, transposed: boo
     operands = [(x, f"{batch}gi"), (kernel, "gio" if transposed else "goi")]
     planes = contract(call.units, operands, f"{batch}go", call.where, weight=1)
     sizes = (groups, kernel.shape[2 if transposed else 1])
-    joined = [
-        plane.expand(*plane.shape[:-2], *sizes).flatten(-2) if max(plane.shape[-2:]) > 1 else plane[..., 0]
-        for plane in planes
-    ]
-    kept = (compact(call.units, plane, call.where) for plane in joined)
-    return [plane for plane in kept if plane is not None]
-
-
-def _split_dim(labels: Labels, dim: int, groups: int) -> Labels:
-    shape = (*labels.shape[:dim], groups, labels.shape[dim] // groups, *labels.shape[dim + 1 :])
-    planes = (split_dim(p, dim, shape[dim + 1]) if p.shape[dim] > 1 else p.unsqueeze(dim) for p in labels.planes)
-    return Labels(shape, tuple(planes), labels.constant)
+    return compact(call.units, (join_dims(plane, len(batch), sizes) for plane in planes), call.where)
 
 
 def product(call: Call, a: Labels, b: Labels) -> Planes:
@@ -118,8 +106,13 @@ def product(call: Call, a: Labels, b: Labels) -> Planes:
     batch = string.ascii_uppercase[: max(len(a.shape), len(b.shape), 2) - 2]
     own_a, own_b = batch[len(batch) - max(len(a.shape) - 2, 0) :], batch[len(batch) - max(len(b.shape) - 2, 0) :]
     operands = [(a, f"{own_a}{rows}k"), (b, f"{own_b}k{columns}")]
-    weight = 1 if b.constant and not a.constant else 0 if a.constant and not b.constant else None
-    return contract(call.units, operands, f"{batch}{rows}{columns}", call.where, weight)
+    return contract(call.units, operands, f"{batch}{rows}{columns}", call.where, _only_constant(a, b))
+
+
+def _only_constant(*operands: Labels) -> int | None:
+    """Return which operand does not depend on the inputs, and so is a weight; None if that is not one alone."""
+    constants = [index for index, labels in enumerate(operands) if labels.constant]
+    return constants[0] if len(constants) == 1 else None
 
 
 @rule_for("matmul __matmul__ bmm mm mv dot inner")
@@ -156,8 +149,7 @@ def tensordot(call: Call) -> list[Planes]:
         own[1][other] = own[0][dim]
     first, second = ("".join(one) for one in own)
     out = "".join(letter for letter in first + second if (letter in first) != (letter in second))
-    weight = 1 if b.constant and not a.constant else 0 if a.constant and not b.constant else None
-    return [contract(call.units, [(a, first), (b, second)], out, call.where, weight)]
+    return [contract(call.units, [(a, first), (b, second)], out, call.where, _only_constant(a, b))]
 
 
 @rule_for("bilinear")
@@ -224,10 +216,8 @@ def einsum(call: Call) -> list[Planes] | None:
         full.append(term.replace("...", spare[len(spare) - width :]))
     if any(len({*term}) < len(term) for term in full):
         return None
-    constants = [i for i, x in enumerate(labels) if x.constant]
-    weight = constants[0] if len(constants) == 1 else None
     operands = list(zip(labels, full, strict=True))
-    return [contract(call.units, operands, out.replace("...", spare), call.where, weight)]
+    return [contract(call.units, operands, out.replace("...", spare), call.where, _only_constant(*labels))]
 
 
 @rule_for("scaled_dot_product_attention")
