@@ -1,4 +1,9 @@
-"""Labels: for every element of a tensor, the unit that it goes with."""
+"""Labels: for every element of a tensor, the unit that it goes with.
+
+The output ``(N, C, H, W)`` of a convolution has one plane, ``(1, C, 1, 1)``: the id of the unit of each filter.
+Flattened from dim 1 on it has one of shape ``(1, C * H * W)``, each id H * W times in a row; concatenated with the
+output of another convolution along dim 1, one of shape ``(1, C + C', 1, 1)``, with the ids of both.
+"""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     Restored are, for every module: its attributes (train / eval flag, forward, counters), its tables of parameters,
     buffers, children and hooks, other dicts and lists that it holds (caches), the values of its buffers and the
-    requires_grad flags of its parameters; for the process: the random states of Python, numpy, torch and all CUDA
-    devices in use, grad mode, warnings filters and the switch of torch's fused attention. Not restored are values
+    requires_grad flags of its parameters; for the process: the random states of Python, numpy, torch and the
+    accelerator in use, grad mode, warnings filters and the switch of torch's fused attention. Not restored are values
     written into parameters, and changes inside what such a dict or list holds.
     """
     modules = [(module, _attributes(module)) for module in model.modules()]

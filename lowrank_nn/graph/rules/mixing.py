@@ -54,7 +54,7 @@ def _along(position: int, default: Any = None) -> Rule:
     def rule(call: Call) -> Callable[[], list[Planes]]:
         labels, count = call.first, len(call.first.shape)
         dims = dims_of(call, position, default)
-        over: list[Tensor] = []
+        over: list[Tensor] = []  # planes along these dims alone, whose units go one by one: they are not mixed
         statistic = call.function in STATISTICS and (of_parameters(labels) or not labels.constant)
         if statistic or _skips_zeros(call):
             over = [plane for plane in labels.planes if support(plane) <= set(dims)]

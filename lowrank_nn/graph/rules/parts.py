@@ -169,14 +169,15 @@ def _slice(call: Call, labels: Labels, dim: int, part: slice) -> Labels:
         return labels
     border = part.stop if start == 0 else part.start
     at_an_end = step == 1 and start < stop and 0 in (start, size - stop)
-    if at_an_end and border in (start, stop) and call.source(border) is not None:
+    if at_an_end and border in (start, stop) and call.source(border) is not None:  # x[: self.width]
         for plane in labels.planes:
             call.note_size(border, plane.narrow(dim, 0, border) if plane.shape[dim] > 1 else plane, dim)
         return labels
-    if step == 1 and stop - start > 1 and size % (stop - start) == 0 and start % (stop - start) == 0:
-        _tie_parts(call, labels, dim, [stop - start] * (size // (stop - start)))
+    length = stop - start
+    if step == 1 and length > 1 and size % length == 0 and start % length == 0:  # the second of three: x[c : 2 * c]
+        _tie_parts(call, labels, dim, [length] * (size // length))
         return labels
-    if step > 1 and size % step == 0 and len(range(start, stop, step)) == size // step:
+    if step > 1 and size % step == 0 and len(range(start, stop, step)) == size // step:  # every other one: x[1::2]
         for plane in labels.planes:
             if plane.shape[dim] > 1:
                 parts = split_dim(plane, dim, step)
