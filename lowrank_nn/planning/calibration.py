@@ -22,14 +22,16 @@ class ModelInputs:
     """A batch of which all is known to be what the model is called with.
 
     Attributes:
-        inputs: For :func:`call_model`.
+        inputs: For :func:`lowrank_nn.graph.call_model`.
     """
 
     inputs: Any
 
 
 def model_inputs(model: nn.Module, batch: Any) -> Any:
-    """Return what ``model`` is called with out of a calibration batch, labels left out; for :func:`call_model`.
+    """Return what ``model`` is called with out of a calibration batch, labels left out.
+
+    It is meant for :func:`lowrank_nn.graph.call_model`.
 
     A tensor, or anything else that is not a tuple or list, is taken whole; a mapping holds keyword arguments, or is the
     argument of a model that takes no such keywords. Of a tuple or list the leading items are taken, as many as the
@@ -115,7 +117,9 @@ def several_batches(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 def run_batches(model: nn.Module, batches: Iterable[Any], *, max_batches: int | None, progress: bool) -> Iterator[Any]:
-    """Call ``model`` on calibration data batch by batch, and yield what it was called with, for :func:`call_model`.
+    """Call ``model`` on calibration data batch by batch, and yield what it was called with.
+
+    That is meant for :func:`lowrank_nn.graph.call_model`.
 
     Args:
         model: The model.
