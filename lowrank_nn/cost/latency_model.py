@@ -46,7 +46,7 @@ class LeafCall:
 
 
 def leaf_call(key: str, layer: Mapping[str, Any], input_shape: Sequence[int], width: int) -> LeafCall:
-    """Describe a call of an ``nn.Conv2d``, an ``nn.Linear`` or a layer in the place of one.
+    """Describe a call of one of torch's convolutions, an ``nn.Linear`` or a layer in the place of one.
 
     Args:
         key: See :class:`LeafCall`.
@@ -57,14 +57,19 @@ def leaf_call(key: str, layer: Mapping[str, Any], input_shape: Sequence[int], wi
     if "in_features" in layer:
         positions = math.prod(input_shape[:-1])
         return _call(key, "linear", width, positions, layer["in_features"], layer["out_features"])
-    kernel, groups = layer["kernel_size"], layer["groups"]
-    batch, taps = math.prod(input_shape[:-3]), math.prod(kernel)
-    size = conv_output_size(input_shape[-2:], kernel, layer["stride"], layer["padding"], layer["dilation"])
-    small = batch == 1 and groups == 1 and max(kernel) <= 3 and math.prod(input_shape) <= _SMALL_INPUT
+    kernel, groups, size = layer["kernel_size"], layer["groups"], input_shape[-len(layer["kernel_size"]) :]
+    batch, taps = math.prod(input_shape[: -len(kernel) - 1]), math.prod(kernel)
     kind = "pointwise" if taps == 1 else "depthwise" if groups == layer["in_channels"] else "spatial"
+    written = 1  # outputs of a channel for every position at which all taps are multiplied
+    if layer.get("transposed"):
+        kind, written = f"{kind}, transposed", math.prod(layer["stride"])
+    else:
+        size = conv_output_size(size, kernel, layer["stride"], layer["padding"], layer["dilation"])
+        small = batch == 1 and groups == 1 and max(kernel) <= 3 and math.prod(input_shape) <= _SMALL_INPUT
+        kind = f"{kind}, {len(kernel)}d" if len(kernel) != 2 else f"{kind}, small" if small else kind
     return _call(
         key,
-        f"{kind}, small" if small else kind,
+        kind,
         width,
         batch * math.prod(size),
         layer["in_channels"],
@@ -72,6 +77,7 @@ def leaf_call(key: str, layer: Mapping[str, Any], input_shape: Sequence[int], wi
         taps=taps,
         groups=groups,
         inputs=math.prod(input_shape),
+        written=written,
     )
 
 
@@ -91,6 +97,7 @@ def _call(
     taps: int = 1,
     groups: int = 1,
     inputs: int | None = None,
+    written: int = 1,
 ) -> LeafCall:
     inner, outer = channels // groups, out // groups
     padded = outer if inner == 1 else -(-outer // width) * width  # depthwise kernels vectorise over the groups
@@ -99,7 +106,7 @@ def _call(
         1.0,
         float(positions * groups * padded * inner * taps),
         float(out * inner * taps),
-        float(inputs + positions * out),
+        float(inputs + positions * out * written),
         float(positions * channels * taps) if taps > 1 else 0.0,
     )
     place = tuple(math.log(max(1, amount)) for amount in (inner, out, positions, taps))

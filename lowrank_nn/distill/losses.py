@@ -60,6 +60,12 @@ def logit_loss(
     _check_options(temperature, alpha, reduction)
     _check_logits(student_logits, teacher_logits)
     student, teacher = _classes_second(student_logits, class_dim), _classes_second(teacher_logits, class_dim)
+    if student.shape[1] == 1:  # of which the softmax is 1 whatever the logit: no loss, and no gradient
+        raise OptionError(
+            f"distill_loss: there is one class in dimension {class_dim} of logits of shape "
+            f"{tuple(student_logits.shape)}, and nothing to choose from. For outputs that are no classes "
+            "take a loss of your own (FineTune(loss=...))."
+        )
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     student, teacher = student.to(dtype), teacher.detach().to(dtype)
 

@@ -73,7 +73,11 @@ class DryRun:
                 if decision.note and not smaller:
                     reason = f"{type(step).__name__}: {decision.note.rstrip('.')}"
                     reasons.setdefault(reason, []).append(decision.path)
-        touched |= {decision.path for decisions in self.decisions for decision in decisions}
+        every = [decision for decisions in self.decisions for decision in decisions]
+        # A folded norm is no answer to why the steps that replace layers did not reach one of another kind.
+        replacing = any(decision.layer_class is not None for decision in every)
+        unreached = {site.path for site in dense.sites if replacing and without_compressed_form(site)}
+        touched |= {decision.path for decision in every if decision.note or decision.path not in unreached}
         for site in dense.sites:
             weights = [p for p in site.layer.parameters(recurse=False) if p.dim() >= 2]
             if site.inside is None and site.path not in touched and weights:

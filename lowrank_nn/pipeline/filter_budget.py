@@ -23,7 +23,8 @@ def within_budget(
     groups: Sequence[ChannelGroup],
     scores: Mapping[str, Tensor],
     keep: KeepRule,
-    widths: Sequence[SharedWidth] = (),
+    widths: Sequence[SharedWidth],
+    stuck: Mapping[str, str],
     *,
     additive: bool,
 ) -> list[Removal]:
@@ -35,6 +36,7 @@ def within_budget(
         scores: Importance of the units of those that may be touched, by name.
         keep: What every group keeps.
         widths: Groups that lose the same number of channels.
+        stuck: By name of each other group, why it keeps all its units; for the error.
         additive: Whether the scores say what is lost with a unit, in one unit for all groups: then they are set against
             what the unit saves.
 
@@ -50,7 +52,7 @@ def within_budget(
     if most > 1:
         raise BudgetError(
             f"Prune: the budget cannot be met by removing filters: with {keep.min_keep:.3g} of each group kept there "
-            f"remains {most:.3g} of what is allowed. Allow more, lower min_keep, or put LowRank() ahead."
+            f"remains {most:.3g} of what is allowed.{_told(stuck)} Allow more, lower min_keep, or put LowRank() ahead."
         )
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
@@ -65,6 +67,14 @@ def within_budget(
 def removals_of(groups: Sequence[ChannelGroup], chosen: Mapping[str, tuple[int, ...]]) -> list[Removal]:
     """Return the removals of the units chosen, by name of the group; groups that lose none are left out."""
     return [Removal(group, units) for group in groups if (units := chosen.get(group.name))]
+
+
+def _told(stuck: Mapping[str, str]) -> str:
+    """Return a sentence for every reason why groups keep all their units."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in stuck.items():
+        reasons.setdefault(reason.rstrip("."), []).append(name)
+    return "".join(f" It cannot touch {', '.join(names)}: {reason}." for reason, names in reasons.items())
 
 
 class _Search:

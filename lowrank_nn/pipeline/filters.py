@@ -24,6 +24,7 @@ from lowrank_nn.pipeline.select import Patterns, select
 from lowrank_nn.pipeline.state import Decision, State
 from lowrank_nn.planning import BatchLoss
 from lowrank_nn.planning.importance import ADDITIVE, UnitCriterion, obstacle, unit_importance
+from lowrank_nn.planning.moment_scores import MOMENT_CRITERIA
 from lowrank_nn.planning.unit_choice import KeepRule, least_important
 
 Found = TypeVar("Found")
@@ -83,7 +84,7 @@ class FilterRemoval:
         notes = {group.name: group.frozen for group in wanted if group.frozen}
         notes |= {g.name: self._silence(model, g) for g in open_groups if g.name not in scores}
         if self.amount is None:
-            removals, refused = self._within_budget(state, model, wanted, scores, widths)
+            removals, refused = self._within_budget(state, model, wanted, scores, widths, notes)
         else:
             chosen = removals_of(wanted, self.keep.choose(scores, self.amount, widths))
             proof = self._prove(state, model, chosen, widths)
@@ -120,6 +121,7 @@ class FilterRemoval:
         groups: Sequence[ChannelGroup],
         scores: Mapping[str, Tensor],
         widths: Sequence[SharedWidth],
+        stuck: Mapping[str, str],
     ) -> tuple[Sequence[Removal], dict[str, str]]:
         """Return removals that meet the budget and run, and by name of other groups why they cannot lose as many."""
         every = dataclasses.replace(self.keep, scope="layer")
@@ -128,7 +130,7 @@ class FilterRemoval:
         while True:
             left = {name: values for name, values in scores.items() if name not in refused}
             additive = self.criterion in ADDITIVE
-            removals = within_budget(state, groups, left, self.keep, widths, additive=additive)
+            removals = within_budget(state, groups, left, self.keep, widths, {**stuck, **refused}, additive=additive)
             try:
                 self._smaller(state, removals)
             except PlanError:
@@ -182,7 +184,10 @@ class FilterRemoval:
 
     def _silence(self, model: nn.Module, group: ChannelGroup) -> str:
         """Return why the criterion says nothing about a group."""
-        if why := obstacle(model, group, self.criterion):
+        why = obstacle(model, group, self.criterion)
+        if not why and self.criterion in [*MOMENT_CRITERIA]:
+            why = "not only nn.Conv2d and nn.Linear read it"
+        if why:
             return f"criterion={self.criterion!r} says nothing about it: {why}"
         return "the criterion says nothing about it"
 

@@ -36,9 +36,11 @@ class FineTune(Step):
     """Train the compressed model on the outputs of the model that was given.
 
     The default loss is Hinton's, alpha T^2 KL(teacher || student) + (1 - alpha) CE(student, targets), without the
-    second term where batches carry no targets. A batch is ``(inputs, targets)``, a dict with ``labels`` or
-    ``targets``, inputs and targets in one flat list for a model of several arguments, or inputs alone; the model is
-    called with the inputs as with ``example_inputs``. Batches may lie on another device than the model.
+    second term where batches carry no targets. Of several tensors that a model returns it takes ``.logits``,
+    ``["logits"]`` or else the first; layers that this leaves untrained are named in the report. A batch is
+    ``(inputs, targets)``, a dict with ``labels`` or ``targets``, inputs and targets in one flat list for a model of
+    several arguments, or inputs alone; the model is called with the inputs as with ``example_inputs``. Batches may lie
+    on another device than the model.
 
     All modules are set to train mode; a model that is given in train mode keeps the modes of its modules, so that
     normalisation that is frozen in eval mode stays frozen. Parameters without ``requires_grad`` are not trained, nor
@@ -164,10 +166,23 @@ class FineTune(Step):
             teacher = teacher_of(self.teacher or state.dense)
             guidance = self._make_guidance(teacher, state.model)
             try:
-                Trainer(self, state, guidance, device).run(self._loss(state, teacher, guidance, device))
+                trainer = Trainer(self, state, guidance, device)
+                trainer.run(self._loss(state, teacher, guidance, device))
             finally:
                 if guidance is not None:
                     guidance.remove()
+            self._remark_untrained(state, trainer.unreached or set())
+
+    def _remark_untrained(self, state: State, unreached: set[str]) -> None:
+        """Have the report name the layers that work in the model and that the loss does not depend on."""
+        why = "the loss does not depend on it"
+        if self.loss is None:
+            why = "the default loss learns from the first output alone. Pass loss=..., a function of model and batch"
+        trainable = {name for name, p in state.model.named_parameters() if p.requires_grad}
+        for site in state.original.sites:
+            own = {name for name in trainable if name.startswith(f"{site.path}.")}
+            if site.inside is None and (site.calls or site.weight_reads) and own and own <= unreached:
+                state.remark(site.path, f"FineTune: not trained, {why}")
 
     def _make_guidance(self, teacher: nn.Module, student: nn.Module) -> FeatureLoss | None:
         if self.guidance is None:

@@ -87,6 +87,9 @@ class Trainer:
         self.origin = "" if settings.checkpoint is None else fingerprint(state.dense)
         self.epoch = 0
         self.best: tuple[float, dict[str, Any]] | None = None
+        self.unreached: set[str] | None = (
+            None  # trainable parameters that no loss had a gradient for; known in training
+        )
 
     def run(self, loss: BatchLoss) -> None:
         """Train to the last epoch, from the checkpoint's if there is one.
@@ -142,6 +145,9 @@ class Trainer:
         value.backward()  # type: ignore[no-untyped-call]
         if self.guidance is not None:
             distributed.average_gradients(self.guidance.parameters())
+        if self.unreached != set():
+            without = {name for name, p in self.student.named_parameters() if p.requires_grad and p.grad is None}
+            self.unreached = without if self.unreached is None else self.unreached & without
         self.optimizer.step()
         self.schedule.step()
         return number

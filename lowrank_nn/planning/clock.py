@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lowrank_nn.cost import (
     LatencyModel,
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 Timer = Callable[[Sequence[tuple[nn.Module, Sequence[str]]], Any], list[Profile]]
 
-_TIMED = (nn.Conv2d, nn.Linear, CompressedLayer)  # one by one; everything else is the rest
+_TIMED = (_ConvNd, nn.Linear, CompressedLayer)  # one by one; everything else is the rest
 
 
 class Clock:

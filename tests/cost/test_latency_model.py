@@ -18,6 +18,10 @@ SHAPES = {
     "grouped": (nn.Conv2d(32, 64, 3, groups=4), (2, 32, 9, 9)),
     "pointwise": (nn.Conv2d(64, 128, 1), (2, 64, 9, 9)),
     "depthwise": (nn.Conv2d(20, 20, 3, groups=20), (2, 20, 9, 9)),
+    "1d": (nn.Conv1d(16, 32, 5, stride=2, padding=1), (2, 16, 41)),
+    "1d unbatched": (nn.Conv1d(16, 32, 1), (16, 41)),
+    "3d": (nn.Conv3d(8, 16, (1, 3, 3), stride=2), (2, 8, 4, 9, 9)),
+    "transposed": (nn.ConvTranspose2d(8, 16, 2, stride=2), (2, 8, 5, 7)),
     "linear": (nn.Linear(24, 64), (2, 5, 24)),
     "vector": (nn.Linear(24, 64), (24,)),
 }
@@ -52,6 +56,8 @@ def test_kinds_of_calls():
     assert kinds["conv"] == kinds["grouped"] == "spatial"
     assert kinds["pointwise"] == "pointwise"
     assert kinds["depthwise"] == "depthwise"
+    assert (kinds["1d"], kinds["1d unbatched"], kinds["3d"]) == ("spatial, 1d", "pointwise, 1d", "spatial, 3d")
+    assert kinds["transposed"] == "spatial, transposed"
     assert kinds["linear"] == kinds["vector"] == "linear"
     assert call_of(nn.Conv2d(20, 20, 3), (1, 20, 32, 32)).kind == "spatial, small"
     assert call_of(nn.Conv2d(20, 20, 3), (1, 20, 33, 33)).kind == "spatial"

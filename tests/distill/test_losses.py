@@ -195,6 +195,7 @@ def test_bad_options(options, words):
         (randn(4, 5), randn(4, 6), None, r"same shape.*\(4, 5\) and \(4, 6\)"),
         (randn(1)[0], randn(1)[0], None, "one dimension or more"),
         (torch.ones(4, 5, dtype=torch.int64), randn(4, 5), None, "student_logits must be floating-point"),
+        (randn(4, 1, 6), randn(4, 1, 6), None, r"one class in dimension 1 .* \(4, 1, 6\).*FineTune\(loss="),
         (randn(4, 5), (randn(4, 5),), None, "teacher_logits must be a tensor, got tuple"),
         (randn(4, 5), randn(4, 5), torch.zeros(5, dtype=torch.int64), r"indices .* shape \(4,\) .* got \(5,\)"),
         (randn(4, 5), randn(4, 5), torch.zeros(4), r"probabilities .* shape \(4, 5\) .* got \(4,\)"),

@@ -88,6 +88,39 @@ def test_parameters_without_gradient():
     assert all(p.grad is None for p in result.parameters())
 
 
+class TwoHeads(Net):
+    def __init__(self):
+        super().__init__()
+        self.size = nn.Linear(8, 3)
+        self.spare = nn.Linear(8, 3)  # never called: nothing to say of it
+
+    def forward(self, x):
+        x = torch.relu(self.conv2(torch.relu(self.bn(self.conv1(x))))).mean((2, 3))
+        return {"kind": self.fc(x), "size": self.size(x)}
+
+
+def both_heads(model, batch):
+    out = model(batch[0])
+    return nn.functional.cross_entropy(out["kind"], batch[1]) + out["size"].square().mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({}, ["size"]), ({"loss": both_heads}, []), ({"loss": lambda m, b: m(b[0])["size"].sum()}, ["fc"])],
+)
+def test_the_report_names_the_heads_that_the_loss_does_not_train(options, named):
+    model = TwoHeads().eval()
+    recipe = [TUCKER, lnn.Quantize("int8"), lnn.FineTune(BATCHES, 1, **options)]
+    report = lnn.compress_model(model, X[:2], recipe, progress=False).report
+    assert [path for remark, paths in report.remarks.items() if "not trained" in remark for path in paths] == named
+
+
+def test_a_finished_checkpoint_says_nothing_of_untrained_layers(tmp_path):
+    for _ in range(2):  # the second time no step is taken
+        recipe = [TUCKER, lnn.FineTune(BATCHES, 1, checkpoint=tmp_path / "run.pt")]
+        assert not lnn.compress_model(make_net(), X[:2], recipe, progress=False).report.remarks
+
+
 # The model with control flow makes numbers of tensors, as users do.
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 @pytest.mark.parametrize("name", sorted(ZOO))

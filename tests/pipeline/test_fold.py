@@ -34,6 +34,16 @@ def test_alone():
     assert "conv1" in took
 
 
+def test_what_was_folded_and_not_replaced_has_its_reason():
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(32, 8)).eval()
+    x, why = torch.randn(2, 1, 10, generator=torch.Generator().manual_seed(0)), "Conv1d has no compressed form"
+    quantized = lnn.compress_model(model, x, [lnn.FoldBatchNorm(), lnn.Quantize("int8")]).report
+    assert quantized.left == {why: ("0",)}
+    assert lnn.compress_model(model, x, [lnn.FoldBatchNorm()]).report.left == {
+        "no step of the recipe acts on them": ("3",)
+    }
+
+
 def test_factorised_layers_take_norms_up_and_their_errors_stay_those_of_the_approximation():
     model, x = ZOO["resnet20"]()
     lowrank = lnn.Apply(lnn.TuckerConv2d, where="layer*.conv2", rank=(6, 6))

@@ -283,6 +283,16 @@ def test_filters_are_removed_until_the_time_is_right(net, machine, share):
     assert not any(isinstance(module, lnn.CompressedLayer) for module in result.model.modules())
 
 
+def test_the_time_of_other_convolutions_falls_with_their_filters_too(machine):
+    net = seeded(
+        lambda: nn.Sequential(nn.Conv1d(1, 64, 9), nn.ReLU(), nn.Conv1d(64, 64, 9), nn.ReLU(), nn.Conv1d(64, 8, 9))
+    )
+    signals = torch.linspace(-1, 1, 400).reshape(4, 1, 100)
+    result = compress(net.eval(), lnn.Prune(granularity="filter"), signals, latency=0.7)
+    assert result.plan.latency.speedup == pytest.approx(1 / 0.7, rel=0.1)
+    assert 20 < result.model[2].in_channels < 64
+
+
 def test_low_rank_after_filters_works_towards_the_time_that_is_left(net, machine):
     recipe = [lnn.Prune(0.25, granularity="filter"), lnn.LowRank(formats=MATRICES)]
     result = compress(net, recipe, latency=0.4)

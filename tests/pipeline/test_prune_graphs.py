@@ -202,3 +202,11 @@ def test_what_is_returned_beside_the_logits_stays():
     model, tokens = ZOO["language"]()
     attention = half(model, (tokens, True)).model.blocks[1].attention
     assert attention.query.out_features == 32
+
+
+def test_a_budget_that_cannot_be_met_says_what_the_criterion_cannot_judge():
+    net = nn.Sequential(nn.Conv1d(1, 8, 3), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.ReLU(), nn.Conv1d(8, 2, 3)).eval()
+    x = torch.randn(4, 1, 20, generator=torch.Generator().manual_seed(0))
+    step = lnn.Prune(granularity="filter", criterion="obs")
+    with pytest.raises(lnn.BudgetError, match=r"cannot touch 0, 2: criterion='obs' says nothing .* not only nn.Conv2d"):
+        lnn.compress_model(net, x, [step], budget=lnn.Budget(params=0.5), calibration=[x], progress=False)
