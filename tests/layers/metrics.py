@@ -1,4 +1,4 @@
-"""Metrics that the tests of fits under one share: random ones, and those of random inputs."""
+"""Metrics that the tests of fits under one share: random ones, those of random inputs, and errors under them."""
 
 import torch
 from torch.nn import functional as F
@@ -59,3 +59,14 @@ def images(channels, seed=0, *, count=20, size=12):
     smooth = F.avg_pool2d(noise, 3, stride=1) + 0.3 * noise[:, :, 1:-1, 1:-1]
     mixing = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
     return F.relu(torch.einsum("cd,ndhw->nchw", mixing, smooth) + 0.5)
+
+
+def error_of(compressed, layer, metric):
+    """The error under the metric of the change of a layer's weight."""
+    return metric.error((layer.weight - compressed.weight).detach())
+
+
+def output_error(compressed, layer, x):
+    """Squared difference of the outputs, summed over channels and averaged over all else."""
+    with torch.no_grad():
+        return float((compressed(x) - layer(x)).square().movedim(1, -1).flatten(0, -2).sum(-1).mean())

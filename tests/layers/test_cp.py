@@ -13,7 +13,7 @@ from tensorly.decomposition import parafac
 from lowrank_nn.decompose import cp_sensitivity
 from lowrank_nn.errors import OptionError, RankError
 from lowrank_nn.layers import VBMF, CPConv2d, Energy, Params, SpeedUp, TuckerConv2d, read_layer
-from tests.layers.geometries import AWKWARD, assert_costs_agree, convolutions, dense_conv, largest_difference
+from tests.layers.geometries import assert_costs_agree, convolutions, dense_conv, largest_difference
 from tests.layers.metrics import images, metric_of, random_metric
 
 FACTORS = [3, 4]
@@ -48,18 +48,6 @@ def test_dense_weight_is_the_sum_of_the_terms(factors):
             expected += np.einsum("o,i,hw->oihw", out, parameters["reduce.weight"][r, :, 0, 0], taps)
         found = layer.weight[3 * group : 3 * group + 3].detach().numpy()
         np.testing.assert_allclose(found, expected, rtol=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-@pytest.mark.parametrize("factors", FACTORS)
-@pytest.mark.parametrize("name", AWKWARD)
-def test_full_rank_is_the_dense_layer(name, factors):
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        dense = dense_conv(dtype, **AWKWARD[name])
-        (limit,) = problem_of(dense, factors).limits
-        compressed = CPConv2d.from_pretrained_layer(dense, rank=limit, factors=factors)
-        assert largest_difference(compressed, dense) < tolerance
-        assert largest_difference(compressed, dense, batched=False) < tolerance
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

@@ -24,7 +24,7 @@ from lowrank_nn.layers import (
     read_layer,
 )
 from lowrank_nn.planning import low_rank_candidates
-from tests.layers.geometries import AWKWARD, assert_costs_agree, convolutions, dense_conv, largest_difference
+from tests.layers.geometries import assert_costs_agree, convolutions, dense_conv, largest_difference
 from tests.layers.metrics import images, metric_of, random_covariances, random_metric
 
 
@@ -88,16 +88,6 @@ def test_dense_weight_is_numpy_s_kron_of_the_factors():
             expected = sum(np.kron(a, b[(slice(None), slice(None), *tap)]) for a, b in zip(A, B, strict=True))
             weight = conv.weight[8 * group : 8 * group + 8].detach().numpy()
             np.testing.assert_allclose(weight[(slice(None), slice(None), *tap)], expected, rtol=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-@pytest.mark.parametrize("name", AWKWARD)
-def test_full_rank_is_the_dense_layer(name):
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        dense = dense_conv(dtype, **AWKWARD[name])
-        compressed = KroneckerConv2d.from_pretrained_layer(dense, rank=problem_of(dense).limits[0])
-        assert largest_difference(compressed, dense) < tolerance
-        assert largest_difference(compressed, dense, batched=False) < tolerance
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

@@ -63,6 +63,13 @@ def drawn_layer(cls, data):
     return layer, {**options, "rank": cls.rank_argument(ranks, limits)}, data.draw(metrics(layer))
 
 
+def fitted_to_the_weight(cls, layer, options):
+    try:
+        return cls.from_pretrained_layer(layer, **options)
+    except RankError:  # of Tucker's ranks one bounds the other
+        assume(False)
+
+
 def seen_by(layer, metric):
     return metric if layer.bias is not None else metric.with_mean()
 
@@ -77,10 +84,7 @@ def scale_of(layer, metric):
 @given(data=st.data())
 def test_never_worse_than_the_fit_without(cls, data):
     layer, options, metric = drawn_layer(cls, data)
-    try:
-        plain = cls.from_pretrained_layer(layer, **options)
-    except RankError:  # of Tucker's ranks one bounds the other
-        assume(False)
+    plain = fitted_to_the_weight(cls, layer, options)
     fitted = cls.from_pretrained_layer(layer, **options, metric=metric)
     assume(metric.outputs is None)  # fits go by the outputs seen, which ``error`` does not know
     seen = seen_by(layer, metric)
@@ -120,10 +124,7 @@ def test_as_many_channels_as_the_kernel_reads_are_exact(cls, options):
 @given(data=st.data())
 def test_a_refit_is_never_worse_than_the_factors_there_are(cls, data):
     layer, options, metric = drawn_layer(cls, data)
-    try:
-        fitted = cls.from_pretrained_layer(layer, **options)
-    except RankError:
-        assume(False)
+    fitted = fitted_to_the_weight(cls, layer, options)
     assume(metric.outputs is None)
     with torch.no_grad():
         layer.weight.add_(layer.weight.roll(1, 0), alpha=0.2)

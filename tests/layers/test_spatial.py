@@ -13,7 +13,7 @@ from lowrank_nn.errors import RankError
 from lowrank_nn.graph import record
 from lowrank_nn.layers import VBMF, Energy, Params, SpatialSVDConv2d, SpeedUp, SVDConv2d, read_layer
 from lowrank_nn.planning import low_rank_candidates
-from tests.layers.geometries import AWKWARD, assert_costs_agree, convolutions, dense_conv, largest_difference
+from tests.layers.geometries import assert_costs_agree, convolutions, dense_conv, largest_difference
 from tests.layers.metrics import images, metric_of, random_covariances, random_metric
 
 
@@ -56,16 +56,6 @@ def test_dense_weight_is_the_sum_over_the_channels_between():
         B = horizontal[3 * group : 3 * group + 3, :, 0, :]
         expected = np.einsum("orw,rih->oihw", B, A)
         np.testing.assert_allclose(layer.weight[3 * group : 3 * group + 3].detach().numpy(), expected, rtol=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-@pytest.mark.parametrize("name", AWKWARD)
-def test_full_rank_is_the_dense_layer(name):
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        dense = dense_conv(dtype, **AWKWARD[name])
-        compressed = SpatialSVDConv2d.from_pretrained_layer(dense, rank=problem_of(dense).limits[0])
-        assert largest_difference(compressed, dense) < tolerance
-        assert largest_difference(compressed, dense, batched=False) < tolerance
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

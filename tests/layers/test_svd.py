@@ -9,8 +9,8 @@ from torch import nn
 
 from lowrank_nn.errors import OptionError, RankError
 from lowrank_nn.layers import SVDConv2d, SVDLinear, read_layer
-from tests.layers.geometries import AWKWARD, assert_costs_agree, convolutions, dense_conv, largest_difference
-from tests.layers.metrics import images, metric_of, random_metric
+from tests.layers.geometries import assert_costs_agree, convolutions, dense_conv
+from tests.layers.metrics import error_of, images, metric_of, output_error, random_metric
 
 ORDERS = ["spatial_first", "pointwise_first"]
 
@@ -50,18 +50,6 @@ def test_conv_error_is_the_tail_of_the_singular_values_of_every_group(order, gro
         assert table.errors[table.ranks[:, 0] == rank] == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", AWKWARD)
-def test_full_rank_is_the_dense_layer(name, order):
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        dense = dense_conv(dtype, **AWKWARD[name])
-        (limit,) = SVDConv2d.rank_problem(read_layer(dense, SVDConv2d), order=order).limits
-        compressed = SVDConv2d.from_pretrained_layer(dense, rank=limit, order=order)
-        assert largest_difference(compressed, dense) < tolerance
-        assert largest_difference(compressed, dense, batched=False) < tolerance
-
-
 @given(convolutions(), st.sampled_from(ORDERS), st.data())
 def test_costs_agree_with_the_layer_and_with_torch(drawn, order, data):
     layer, input_shape = drawn
@@ -86,16 +74,6 @@ def test_a_rank_that_is_no_integer_is_refused(rank):
 def test_an_unknown_order_is_refused():
     with pytest.raises(OptionError, match="order must be 'spatial_first' or 'pointwise_first', got 'depthwise'"):
         SVDConv2d.from_pretrained_layer(dense_conv(kernel_size=3), rank=1, order="depthwise")
-
-
-def error_of(compressed, layer, metric):
-    return metric.error((layer.weight - compressed.weight).detach())
-
-
-def output_error(compressed, layer, x):
-    """Squared difference of the outputs, summed over channels and averaged over all else."""
-    with torch.no_grad():
-        return float((compressed(x) - layer(x)).square().movedim(1, -1).flatten(0, -2).sum(-1).mean())
 
 
 @pytest.mark.parametrize("order", ORDERS)

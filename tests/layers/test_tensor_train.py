@@ -17,7 +17,7 @@ from lowrank_nn.errors import OptionError, RankError, UnsupportedLayerError
 from lowrank_nn.graph import record
 from lowrank_nn.layers import VBMF, Energy, Params, Positions, SpeedUp, TTConv2d, TTLinear, read_layer
 from lowrank_nn.planning import low_rank_candidates
-from tests.layers.geometries import AWKWARD, assert_costs_agree, convolutions, dense_conv, largest_difference
+from tests.layers.geometries import assert_costs_agree, convolutions, dense_conv, largest_difference
 from tests.layers.metrics import images, metric_of, random_metric
 from tests.zoo.lenet import LeNet5
 
@@ -75,16 +75,6 @@ def test_the_conv_s_dense_weight_is_the_sum_over_the_channels_between():
         terms = R[a, :, 0, 0], V[b, :, :, 0], H[c, :, 0], E[o, :, 0, 0]
         expected = np.einsum("ai,bah,cbw,oc->oihw", *terms)
         np.testing.assert_allclose(layer.weight[o].detach().numpy(), expected, rtol=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-@pytest.mark.parametrize("name", AWKWARD)
-def test_full_rank_is_the_dense_layer(name):
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        dense = dense_conv(dtype, **AWKWARD[name])
-        compressed = TTConv2d.from_pretrained_layer(dense, rank=problem_of(dense).limits)
-        assert largest_difference(compressed, dense) < tolerance
-        assert largest_difference(compressed, dense, batched=False) < tolerance
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

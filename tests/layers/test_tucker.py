@@ -12,8 +12,8 @@ from tensorly.decomposition import partial_tucker
 
 from lowrank_nn.errors import RankError
 from lowrank_nn.layers import RankRule, TuckerConv2d, read_layer
-from tests.layers.geometries import AWKWARD, assert_costs_agree, convolutions, dense_conv, largest_difference
-from tests.layers.metrics import images, metric_of, random_metric
+from tests.layers.geometries import assert_costs_agree, convolutions, dense_conv
+from tests.layers.metrics import error_of, images, metric_of, output_error, random_metric
 
 
 def decaying_conv(dtype=torch.float64, **arguments):
@@ -90,18 +90,6 @@ def test_outer_factors_are_orthonormal():
     expand, reduce = compressed.expand.weight.flatten(1), compressed.reduce.weight.flatten(1)
     assert torch.allclose(expand.T @ expand, torch.eye(5, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(reduce @ reduce.T, torch.eye(7, dtype=torch.float64), atol=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-@pytest.mark.parametrize("name", AWKWARD)
-def test_full_rank_is_the_dense_layer(name):
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        dense = dense_conv(dtype, **AWKWARD[name])
-        out, inn = problem_of(dense).limits
-        for rank in ((out, inn), (out, None), (None, inn)):
-            compressed = TuckerConv2d.from_pretrained_layer(dense, rank=rank)
-            assert largest_difference(compressed, dense) < tolerance
-            assert largest_difference(compressed, dense, batched=False) < tolerance
 
 
 @given(convolutions(), st.data())
@@ -254,16 +242,6 @@ def test_a_layer_that_tucker_cannot_shrink_has_the_lossless_pair_alone():
 
 
 PAIRS = [(3, 2), (None, 2), (3, None)]
-
-
-def error_of(compressed, layer, metric):
-    return metric.error((layer.weight - compressed.weight).detach())
-
-
-def output_error(compressed, layer, x):
-    """Squared difference of the outputs, summed over channels and averaged over all else."""
-    with torch.no_grad():
-        return float((compressed(x) - layer(x)).square().movedim(1, -1).flatten(0, -2).sum(-1).mean())
 
 
 @pytest.mark.parametrize("rank", PAIRS)
