@@ -217,6 +217,30 @@ def test_there_is_one_instance():
     assert repr(distill_loss) == "lowrank_nn.distill.distill_loss"
 
 
+def test_classes_that_the_teacher_rules_out_count_nothing():
+    student, teacher = randn(3, 5), randn(3, 5, seed=1)
+    teacher[:, 3:] = -torch.inf  # the largest logits alone were kept, or an action is not allowed
+    log_s, log_t = log_softmax(student.numpy() / 4), log_softmax(teacher.numpy()[:, :3] / 4)
+    expected = 16 * (np.exp(log_t) * (log_t - log_s[:, :3])).sum(axis=1)
+    student.requires_grad_()
+    loss = distill_loss(student, teacher, reduction="none")
+    np.testing.assert_allclose(loss.detach().numpy(), expected)
+    loss.sum().backward()
+    assert torch.isfinite(student.grad).all()
+    masked = torch.where(teacher == -torch.inf, teacher, student.detach()).requires_grad_()
+    loss = distill_loss(masked, teacher)
+    torch.testing.assert_close(loss, distill_loss(masked[:, :3], teacher[:, :3]))
+    loss.backward()
+    assert torch.isfinite(masked.grad).all()
+
+
+def test_losses_of_samples_by_vmap():
+    student, teacher = randn(4, 5), randn(4, 5, seed=1)
+    targets = torch.tensor([0, 4, 2, 2])
+    each = torch.func.vmap(distill_loss)(student, teacher, targets)
+    torch.testing.assert_close(each, distill_loss(student, teacher, targets, reduction="none"))
+
+
 def test_compiles_without_breaks():
     student, teacher, targets = randn(4, 5), randn(4, 5, seed=1), torch.arange(4)
     compiled = torch.compile(distill_loss, fullgraph=True, backend="eager")
