@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from lowrank_nn.errors import BudgetError
 from lowrank_nn.graph import Recording
 from lowrank_nn.graph.derive import meta_copy
-from lowrank_nn.layers import LowRankLayer
+from lowrank_nn.layers import LeafLayer, LowRankLayer
 from lowrank_nn.pipeline.apply import without_compressed_form
 from lowrank_nn.pipeline.filters import FilterDecision
 from lowrank_nn.pipeline.state import Decision, State, Step
@@ -79,11 +79,12 @@ class DryRun:
         unreached = {site.path for site in dense.sites if replacing and without_compressed_form(site)}
         touched |= {decision.path for decision in every if decision.note or decision.path not in unreached}
         for site in dense.sites:
-            weights = [p for p in site.layer.parameters(recurse=False) if p.dim() >= 2]
-            if site.inside is None and site.path not in touched and weights:
+            layer = site.layer
+            has_weight = isinstance(layer, LeafLayer) or any(p.dim() >= 2 for p in layer.parameters(recurse=False))
+            if site.inside is None and site.path not in touched and has_weight:
                 reason = "no step of the recipe acts on them"
                 if without_compressed_form(site):
-                    reason = f"{type(site.layer).__name__} has no compressed form"
+                    reason = f"{type(layer).__name__} has no compressed form"
                 reasons.setdefault(reason, []).append(site.path)
         return {reason: tuple(dict.fromkeys(paths)) for reason, paths in reasons.items()}
 

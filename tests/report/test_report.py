@@ -222,6 +222,12 @@ def test_zeros_are_reported_beside_the_params():
     assert re.search(r"fc +PrunedLinear +sparsity=0.75 unit=element .* 130 nz 40 +of +130", str(result.report))
 
 
+def test_layers_that_share_values_are_left_like_any_other():
+    model = seeded(lambda: nn.Sequential(lnn.HashedLinear(8, 8, buckets=4), nn.Linear(8, 8)))
+    left = lnn.plan(model, torch.ones(2, 8), lnn.Quantize("int8")).left
+    assert left == {"no step of the recipe acts on them": ("0",)}
+
+
 def test_markdown_is_a_table(case):
     _, _, result = case
     lines = result.report.to_markdown().splitlines()
