@@ -197,13 +197,13 @@ def keep_largest(scores: Tensor, kept: int) -> Tensor:
     return mask.reshape(scores.shape)
 
 
-def random_mask(name: str, shape: tuple[int, ...], nonzeros: int, device: torch.device) -> Tensor:
-    """Return a bool tensor of ``shape`` that marks ``nonzeros`` entries at random.
+def empty_mask(name: str, shape: tuple[int, ...], nonzeros: int, device: torch.device) -> Tensor:
+    """Return a bool tensor of ``shape`` that marks nothing yet, for :func:`draw_mask_` to mark ``nonzeros`` entries.
 
     Args:
         name: Class of the layer, for messages.
         shape: Shape of the stored weight.
-        nonzeros: How many entries are marked.
+        nonzeros: How many entries are to be marked.
         device: Device of the tensor.
 
     Raises:
@@ -215,7 +215,22 @@ def random_mask(name: str, shape: tuple[int, ...], nonzeros: int, device: torch.
             f"{name}: nonzeros must be from 1 to the {count} entries of the stored weight, got {nonzeros!r}. Pass None "
             "for a layer without mask."
         )
-    return keep_largest(torch.rand(shape, dtype=torch.float32, device=device), nonzeros)
+    return torch.zeros(shape, dtype=torch.bool, device=device)
+
+
+def draw_mask_(mask: Tensor, kept: int, units: Units | None = None) -> None:
+    """Mark ``kept`` units at random, unless as many are marked: memory that comes late (``to_empty``) holds anything.
+
+    Args:
+        mask: A bool tensor; on the meta device nothing is drawn.
+        kept: How many.
+        units: The units; single entries if left out.
+    """
+    if mask.is_meta or int(mask.sum()) == kept * (1 if units is None else units.size):
+        return
+    grid = mask.shape if units is None else units.grid
+    keep = keep_largest(torch.rand(grid, dtype=torch.float32, device=mask.device), kept)
+    mask.copy_(keep if units is None else units.spread(keep, tuple(mask.shape)))
 
 
 def bounding_window(positions: Tensor) -> Window | None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lowrank_nn.layers._deferred import Deferred
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear
@@ -20,14 +21,18 @@ Stamp = tuple[Tensor, int, int]
 
 
 class Derived(Generic[Made]):
-    """A table of what was made from layers, which forgets a layer's when the layer goes or has other tensors.
+    """A table of what was made from layers, which forgets a layer's when the layer goes, learns or has other tensors.
 
     Args:
         make: Makes it from a layer; called without gradients.
     """
 
+    tables: ClassVar[list[Derived[Any]]] = []
+    """All there are."""
+
     def __init__(self, make: Callable[[Any], Made]) -> None:
         self._make = make
+        self.tables.append(self)
         self._known: weakref.WeakKeyDictionary[nn.Module, tuple[list[Stamp], Made]] = weakref.WeakKeyDictionary()
 
     def of(self, layer: nn.Module) -> Made:
@@ -65,6 +70,10 @@ def may_use_kernel(layer: nn.Module, x: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled() and (x.requires_grad or _has_gradient(layer)):
+        for table in Derived.tables:
+            table.forget(layer)  # it may be learning, in eval mode: the steps of fused optimizers do not show
+        return False
+    if forward_ad._current_level >= 0:  # derivatives that go forward do not ask for gradients
         return False
     if type(x) is Deferred:
         return True

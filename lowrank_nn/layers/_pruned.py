@@ -13,7 +13,15 @@ from lowrank_nn.cost import Cost
 from lowrank_nn.errors import OptionError, UnsupportedLayerError
 from lowrank_nn.layers._base import Packing
 from lowrank_nn.layers._leaf import LeafLayer
-from lowrank_nn.layers._masks import Criterion, Granularity, Units, check_sparsity, keep_largest, unit_scores
+from lowrank_nn.layers._masks import (
+    Criterion,
+    Granularity,
+    Units,
+    check_sparsity,
+    draw_mask_,
+    keep_largest,
+    unit_scores,
+)
 from lowrank_nn.layers._shapes import draw_bias_
 from lowrank_nn.layers._source import Source
 from lowrank_nn.layers._window import Window, crop_window, embed_window
@@ -54,8 +62,7 @@ class PrunedLayer(LeafLayer):
         out = units.blocks[0] * units.blocks[1]
         self.kernel = nn.Parameter(torch.empty(stored_shape, **factory))
         self.bias = nn.Parameter(torch.empty(out, **factory)) if bias else None
-        keep = keep_largest(torch.rand(stored.grid, dtype=torch.float32, device=self.kernel.device), kept)
-        self.register_buffer("mask", stored.spread(keep, stored_shape))
+        self.register_buffer("mask", torch.zeros(stored_shape, dtype=torch.bool, device=self.kernel.device))
         self.reset_parameters()
 
     def _stored_units(self) -> Units:
@@ -96,6 +103,7 @@ class PrunedLayer(LeafLayer):
         The fan-in is the dense layer's: pruned at random to the density d, a layer's outputs have d times the
         variance of the dense layer's.
         """
+        draw_mask_(self.mask, self._units.kept(self.sparsity), self._stored_units())
         bound = self.fan_in**-0.5
         self.kernel.uniform_(-bound, bound)
         self.kernel.copy_(self.masked_kernel())

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import OptionError, check_whole_number
-from lowrank_nn.layers._masks import random_mask
+from lowrank_nn.layers._masks import draw_mask_, empty_mask
 from lowrank_nn.layers._observers import ObserverName
 from lowrank_nn.layers._pruned import PrunedLayer, sparsity_options
 from lowrank_nn.layers._quant_input import check_calibration
@@ -55,11 +55,10 @@ class QuantLayer(QuantizedWeightLayer):
         for name in BUFFERS:
             setattr(self, name, None)
         if nonzeros is not None:
-            self._set_buffers(mask=random_mask(type(self).__name__, shape, nonzeros, kernel.device))
+            self._set_buffers(mask=empty_mask(type(self).__name__, shape, nonzeros, kernel.device))
         if self.activation_bits is not None:
             zero_point = torch.zeros((), dtype=torch.int32, device=kernel.device)
             self._set_buffers(input_scale=kernel.new_ones(()), input_zero_point=zero_point)
-            self.set_input_range(*UNCALIBRATED)
         if frozen:
             self.freeze()
         self.reset_parameters()
@@ -159,12 +158,20 @@ class QuantLayer(QuantizedWeightLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weight as torch draws dense ones, from +-1 / sqrt(fan_in), and the bias; the mask stays."""
+        """Draw the weight as torch draws dense ones, from +-1 / sqrt(fan_in), and the bias; the mask stays.
+
+        The range of a quantized input is the one before calibration, [-4, 4].
+        """
+        if self.mask is not None and self.nonzeros is not None:
+            draw_mask_(self.mask, self.nonzeros)
+        if self.activation_bits is not None:
+            self.set_input_range(*UNCALIBRATED)
         bound = 1 / math.sqrt(self.fan_in)
         like = cast(Tensor, self.weight_int if self.frozen else self.latent)
         scale = cast(Tensor, self.weight_scale if self.frozen else self.latent)
-        self._store_(torch.empty_like(like, dtype=scale.dtype).uniform_(-bound, bound))
+        weight = torch.empty_like(like, dtype=scale.dtype).uniform_(-bound, bound)
         draw_bias_(self.bias, self.fan_in)
+        self._store_(weight)  # scales depend on the bias
 
     def _kept(self, device: torch.device) -> Tensor | None:
         """Return which entries of the dense weight may be other than zero, a bool tensor; None where all may."""

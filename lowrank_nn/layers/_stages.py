@@ -36,16 +36,17 @@ def run_stages(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def _kernels(stages: Sequence[nn.Module], x: Tensor) -> list[tuple[IntegerLayer, Kernel]]:
     """Return ``stages`` with their kernels; none where the layers have to be called."""
+    layers = [stage for stage in stages if isinstance(stage, IntegerLayer)]
+    if len(layers) < len(stages):  # asked first, so that torch.fx can trace floats: what it traces with has no shape
+        return []
     if torch.compiler.is_compiling() or len(known_shape(x)) != 4:
         return []
     if torch._C._len_torch_function_stack() or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return []
     kernels, shape = [], known_shape(x)
-    for stage in stages:
-        if not isinstance(stage, IntegerLayer) or _is_watched(stage):
-            return []
-        kernel = kernel_for(stage, x)
-        if kernel is None or not (stage.chained or stage is stages[-1]):
+    for stage in layers:
+        kernel = None if _is_watched(stage) else kernel_for(stage, x)
+        if kernel is None or not (stage.chained or stage is layers[-1]):
             return []
         shape_after = kernel.output_shape(stage, shape)
         if shape_after is None:

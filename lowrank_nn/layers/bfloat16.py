@@ -90,7 +90,7 @@ class BFloat16Layer(ComputedBuffers, LeafLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer: in bfloat16 where kernels do, else in the dtype of the input with rounded weights."""
         # Under no_grad only, because the results differ from those with gradients: the kernels round the input too.
-        if torch.is_grad_enabled() or not may_use_kernel(self, input) or not takes(self, input.shape):
+        if not may_use_kernel(self, input) or torch.is_grad_enabled() or not takes(self, input.shape):
             return self.simulate(input)
         run = KERNELS.of(self)
         return self.simulate(input) if run is None else run(input)

@@ -201,7 +201,8 @@ class BinaryConv2d(CompressedConv2d, BinaryLayer):
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         frozen: Whether the weight is stored as bits; else it is a float parameter.
         binary_inputs: Whether the input is replaced by its signs, times the mean of its absolute values over each
-            sample (XNOR-Net takes that mean around each position).
+            sample (XNOR-Net takes that mean around each position). Behind a ReLU all signs are alike: normalise in
+            front.
         device: Device of the tensors.
         dtype: Dtype of parameters and scales.
 
@@ -253,7 +254,8 @@ class BinaryLinear(CompressedLinear, BinaryLayer):
         out_features: Size of each output sample.
         bias: Whether to add a learnable bias; it stays in floating point.
         frozen: Whether the weight is stored as bits; else it is a float parameter.
-        binary_inputs: Whether the input is replaced by its signs, times the mean of its absolute values.
+        binary_inputs: Whether the input is replaced by its signs, times the mean of its absolute values. Behind a ReLU
+            all signs are alike: normalise in front.
         device: Device of the tensors.
         dtype: Dtype of parameters and scales.
 

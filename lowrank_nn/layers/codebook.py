@@ -16,7 +16,7 @@ from lowrank_nn.decompose.kmeans import Init
 from lowrank_nn.errors import check_whole_number
 from lowrank_nn.layers._base import Packing, register_layer
 from lowrank_nn.layers._leaf import LeafLayer
-from lowrank_nn.layers._masks import checked_fisher, random_mask
+from lowrank_nn.layers._masks import checked_fisher, draw_mask_, empty_mask
 from lowrank_nn.layers._pruned import PrunedLayer, sparsity_options
 from lowrank_nn.layers._shapes import CompressedConv2d, CompressedLinear, PaddingMode, Size, draw_bias_
 from lowrank_nn.layers._shared import look_up
@@ -57,7 +57,7 @@ class CodebookLayer(LeafLayer):
         if nonzeros is None:
             self.mask = None
         else:
-            self.register_buffer("mask", random_mask(name, shape, nonzeros, self.codebook.device))
+            self.register_buffer("mask", empty_mask(name, shape, nonzeros, self.codebook.device))
         self.reset_parameters()
 
     @classmethod
@@ -117,6 +117,8 @@ class CodebookLayer(LeafLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw each weight from 2^bits evenly spaced values of the variance of torch's default; the mask stays."""
+        if self.mask is not None and self.nonzeros is not None:
+            draw_mask_(self.mask, self.nonzeros)
         if not self.indices.is_meta:
             self.indices.copy_(self._masked(torch.randint_like(self.indices, 2**self.bits)))
             levels = torch.arange(2**self.bits, dtype=torch.float32, device=self.codebook.device)
