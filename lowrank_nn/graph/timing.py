@@ -26,10 +26,10 @@ _STAMPS = 200
 _LEAST_PIECE = 1e-6  # milliseconds
 _SURE = 0.01  # standard error of the ratios of totals at which there are enough rounds
 
-Label = tuple[str, int] | None
-"""A watched layer's path and the number of its call; None outside all of them."""
+Owner = tuple[str, int] | None
+"""Whose a piece of time is: a watched layer's path and the number of its call; None outside all of them."""
 
-Labels = tuple[Label, ...]
+Owners = tuple[Owner, ...]
 
 
 class Profile(NamedTuple):
@@ -95,7 +95,7 @@ class _Tape:
         self._stamp = stamp
         self._overhead = _cost_of(stamp)
         self._events: list[tuple[str | None, Any]] = []  # a path where its layer begins, None where one ends
-        self._rounds: list[tuple[Labels, list[float]]] = []
+        self._rounds: list[tuple[Owners, list[float]]] = []
 
     def watch(self, path: str, layer: nn.Module) -> None:
         """Note from now on when calls of ``layer`` begin and end."""
@@ -117,8 +117,8 @@ class _Tape:
         forward()
         end = self._stamp()
         if counts:
-            labels, pieces = _pieces(start, self._events, end)
-            self._rounds.append((labels, [max(_LEAST_PIECE, piece - self._overhead) for piece in pieces]))
+            owners, pieces = _pieces(start, self._events, end)
+            self._rounds.append((owners, [max(_LEAST_PIECE, piece - self._overhead) for piece in pieces]))
 
     def totals(self) -> NDArray[np.float64]:
         """Return the milliseconds of every forward."""
@@ -130,23 +130,23 @@ class _Tape:
 
     def profile(self, total: float) -> Profile:
         """Return ``total``, shared out over the calls in proportion to the fastest time of every piece."""
-        labels, pieces = self._fastest()
-        spent: dict[Label, float] = dict.fromkeys(labels, 0.0)
-        for label, piece in zip(labels, pieces * (total / pieces.sum()), strict=True):
-            spent[label] += float(piece)
+        owners, pieces = self._fastest()
+        spent: dict[Owner, float] = dict.fromkeys(owners, 0.0)
+        for owner, piece in zip(owners, pieces * (total / pieces.sum()), strict=True):
+            spent[owner] += float(piece)
         calls: dict[str, list[float]] = {}
-        for label, amount in spent.items():
-            if label is not None:
-                calls.setdefault(label[0], []).append(amount)
+        for owner, amount in spent.items():
+            if owner is not None:
+                calls.setdefault(owner[0], []).append(amount)
         return Profile(total, calls)
 
-    def _fastest(self) -> tuple[Labels, NDArray[np.float64]]:
+    def _fastest(self) -> tuple[Owners, NDArray[np.float64]]:
         """Return whose the pieces of a round are, and the fastest time of each.
 
         Rounds in which the model took another way than mostly (control flow that depends on chance) are left out.
         """
-        usual = collections.Counter(labels for labels, _ in self._rounds).most_common(1)[0][0]
-        return usual, np.min([pieces for labels, pieces in self._rounds if labels == usual], axis=0)
+        usual = collections.Counter(owners for owners, _ in self._rounds).most_common(1)[0][0]
+        return usual, np.min([pieces for owners, pieces in self._rounds if owners == usual], axis=0)
 
 
 def _ratio(tape: _Tape, reference: _Tape) -> float:
@@ -160,10 +160,10 @@ def _standard_error(tape: _Tape, reference: _Tape) -> float:
     return 1.253 * 1.483 * deviation / math.sqrt(len(ratios))  # both factors: normal distribution
 
 
-def _pieces(start: Any, events: Sequence[tuple[str | None, Any]], end: Any) -> tuple[Labels, list[float]]:
+def _pieces(start: Any, events: Sequence[tuple[str | None, Any]], end: Any) -> tuple[Owners, list[float]]:
     """Return whose each piece between two stamps is, and the milliseconds it took."""
-    labels: list[Label] = [None]
-    inside: list[Label] = [None]
+    owners: list[Owner] = [None]
+    inside: list[Owner] = [None]
     seen: collections.Counter[str] = collections.Counter()
     for path, _ in events:
         if path is None:
@@ -171,9 +171,9 @@ def _pieces(start: Any, events: Sequence[tuple[str | None, Any]], end: Any) -> t
         else:
             inside.append((path, seen[path]))
             seen[path] += 1
-        labels.append(inside[-1])
+        owners.append(inside[-1])
     stamps = [start, *(stamp for _, stamp in events), end]
-    return tuple(labels), [_milliseconds(before, after) for before, after in itertools.pairwise(stamps)]
+    return tuple(owners), [_milliseconds(before, after) for before, after in itertools.pairwise(stamps)]
 
 
 def _milliseconds(before: Any, after: Any) -> float:
