@@ -98,7 +98,9 @@ def migacz(counts, centers, low, high, levels):
     p[chosen[-1]] += sum(counts[chosen[-1] + 1 :])
     for j in chosen:
         groups.setdefault(min(max(round(centers[j] / step) + zero, 0), levels), []).append(j)
-    q = {j: sum(counts[i] for i in group) / len(group) for group in groups.values() for j in group}
+    q = {}
+    for group in groups.values():
+        q |= dict.fromkeys(group, sum(counts[i] for i in group) / len(group))
     all_p, all_q = sum(p.values()), sum(q.values())
     return sum(p[j] / all_p * math.log((p[j] / all_p) / (q[j] / all_q)) for j in chosen)
 
