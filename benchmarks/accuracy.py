@@ -7,8 +7,7 @@ DIR holds ``cifar-10-batches-py`` as torchvision downloads it. Nothing is traine
 see ``--images`` training images without their labels and without augmentation. With ``--epochs`` the network of the
 last row is then distilled from the dense one, or from that of ``--teacher``, on augmented training images: 0.9
 distillation, 0.1 cross-entropy, warm-up and cosine, AdamW or SOAP (``--optimizer soap``: ``pip install
-pytorch_optimizer``). Accuracy is that on all test images, after the last epoch, and once more with the statistics of
-the normalisation layers measured anew on the training images.
+pytorch_optimizer``). Accuracy is that on all test images, after the last epoch.
 """
 
 from __future__ import annotations

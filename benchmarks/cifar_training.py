@@ -36,8 +36,7 @@ def distil(
 ) -> None:
     """Train the small network on the outputs of the teacher; print its accuracy before and after every epoch.
 
-    Augmented training images, 0.9 distillation and 0.1 cross-entropy, AdamW or SOAP, warm-up and cosine; in the end the
-    means and variances of the normalisation layers are measured over all training images, augmented too.
+    Augmented training images, 0.9 distillation and 0.1 cross-entropy, AdamW or SOAP, warm-up and cosine.
     """
     rate = small.report.compression_rate
     before = accuracy(small.model, *test)
@@ -51,9 +50,8 @@ def distil(
 
     count = arguments.epoch_images
     images = train[0][:count].contiguous(memory_format=torch.channels_last)
-    loader = Augmented(images, train[1][:count], 128)
     tune = lnn.FineTune(
-        loader,
+        Augmented(images, train[1][:count], 128),
         arguments.epochs,
         lr=arguments.lr,
         optimizer=soap(arguments.lr) if arguments.optimizer == "soap" else None,
@@ -64,11 +62,7 @@ def distil(
         checkpoint=arguments.checkpoint,
     )
     model = small.model.to(memory_format=torch.channels_last)
-    trained = lnn.compress_model(model, test[0][:1], [tune], seed=arguments.seed).model
-    torch.manual_seed(arguments.seed)
-    torch.optim.swa_utils.update_bn(loader, trained)
-    print("normalisation measured anew: ", end="")
-    report(trained)
+    lnn.compress_model(model, test[0][:1], [tune], seed=arguments.seed)
 
 
 def soap(lr: float) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
