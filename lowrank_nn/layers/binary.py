@@ -23,7 +23,7 @@ def sign_through(x: Tensor) -> Tensor:
     """Return 1 where ``x`` is not negative, else -1; the gradient passes where x is from -1 to 1, else it is 0."""
     clipped = x.clamp(-1, 1)
     # The difference is exactly zero: it carries the gradient.
-    return torch.where(x < 0, -1, 1).to(x.dtype) + (clipped - clipped.detach())
+    return 1 - 2 * (x < 0).to(x.dtype) + (clipped - clipped.detach())
 
 
 class BinaryLayer(LeafLayer):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_nn as lnn
 from lowrank_nn.layers.binary import sign_through
@@ -47,6 +48,25 @@ def test_signs_are_exact_and_zero_counts_as_plus():
     assert y.tolist() == [-1, -1, 1, 1, 1, 1]
     y.sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 1, 1, 0]
+
+
+class Widths(TorchDispatchMode):
+    """Notes how many bytes an entry of each result takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        self.seen.add(y.element_size())
+        return y
+
+
+def test_nothing_wider_than_the_weight_is_made_on_the_way():
+    with Widths() as widths:
+        sign_through(torch.randn(3, 4, dtype=torch.float16, requires_grad=True)).sum().backward()
+    assert max(widths.seen) == 2
 
 
 def test_freezing_and_unfreezing_change_nothing(linear):
