@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 
@@ -31,6 +32,15 @@ def device_types() -> list[str]:
     """Return the types of the devices that may be in use, such as ``["cpu", "cuda"]``."""
     accelerator = used_accelerator()
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Switch off an autocast that the caller is in; as a decorator too."""
+    with ExitStack() as stack:
+        for kind in filter(torch.is_autocast_enabled, device_types()):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def has_float64(device: torch.device) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
+from lowrank_nn.accelerator import full_precision
 from lowrank_nn.cost import Cost, conv_output_size, dense_cost, tensor_cost
 from lowrank_nn.errors import LowRankError, UnsupportedLayerError
 
@@ -178,6 +179,7 @@ class CompressedLayer(nn.Module, abc.ABC):
         values = {name: getattr(self, name) for name in names if name not in ("device", "dtype", "bias")}
         return values | {"bias": self.bias is not None}
 
+    @full_precision()
     def to_dense_layer(self) -> nn.Module:
         """Return an ordinary dense layer of the replaced class that computes the same; no memory is shared."""
         weight = self.dense_weight().detach()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lowrank_nn.accelerator import full_precision
 from lowrank_nn.decompose import Metric
 from lowrank_nn.errors import UnsupportedLayerError
 from lowrank_nn.layers._base import CompressedLayer
@@ -62,6 +63,7 @@ class LowRankLayer(CompressedLayer):
         refine_(self, weight, metric)
 
     @classmethod
+    @full_precision()
     def fitted(
         cls, source: Source, metric: Metric | None, *, fit: Mapping[str, Any] | None = None, **config: Any
     ) -> Self:
@@ -85,6 +87,7 @@ class LowRankLayer(CompressedLayer):
         return ranks[0] if len(ranks) == 1 else ranks
 
     @classmethod
+    @full_precision()
     def resolve_rank(cls, rank: Any, source: Source, **options: Any) -> Any:
         """Return ``rank`` itself, or what it chooses where it is a rule.
 

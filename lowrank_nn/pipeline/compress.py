@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_nn.accelerator import device_types, has_float64
+from lowrank_nn.accelerator import full_precision, has_float64
 from lowrank_nn.errors import LowRankError, PlanError
 from lowrank_nn.graph import Recording, record
 from lowrank_nn.graph.derive import deep_copy
@@ -199,8 +199,7 @@ def _own_modes(seed: int) -> Iterator[None]:
         stack.enter_context(preserved_random_state(seed))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in filter(torch.is_autocast_enabled, device_types()):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(full_precision())
         yield
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import lowrank_nn as lnn
-from lowrank_nn.layers import LAYERS
+from lowrank_nn.layers import LAYERS, LowRankLayer
 
 MASKED = {
     "PrunedConv2d": {"granularity": "kernel"},
@@ -54,6 +54,20 @@ def test_masks_that_are_there_stay_through_a_reset():
         layer.mask.copy_(mask)
         layer.reset_parameters()
         assert torch.equal(layer.mask, mask)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_does_not_reach_what_is_made_of_a_layer(name):
+    cls = LAYERS[name]
+    torch.manual_seed(0)
+    dense = nn.Linear(12, 8) if cls.replaces is nn.Linear else nn.Conv2d(6, 8, 3)
+    options = cls.usual_options(dense) | ({"rank": lnn.Params(0.5)} if issubclass(cls, LowRankLayer) else {})
+    expected = cls.from_pretrained_layer(dense, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer = cls.from_pretrained_layer(dense, **options)
+        again = layer.to_dense_layer()
+    assert torch.equal(layer.dense_weight(), expected.dense_weight())
+    assert torch.equal(again.weight, expected.dense_weight())
 
 
 @pytest.mark.parametrize("name", ["SVDConv2d", "SpatialSVDConv2d", "TuckerConv2d", "CPConv2d", "TTConv2d", "SVDLinear"])
