@@ -96,7 +96,7 @@ def find_folds(model: nn.Module, links: Mapping[str, Link]) -> tuple[list[Fold],
         if link.norm is None or link.norm not in norms:
             continue
         refusal = _refusal(model.get_submodule(path), uses)
-        reason = f"{path} cannot take it up: {refusal}" if refusal else held(norms[link.norm], uses)
+        reason = f"the layer ahead cannot take it up: {refusal}" if refusal else held(norms[link.norm], uses)
         if reason:
             left[link.norm] = reason
         else:

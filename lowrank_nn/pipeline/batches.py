@@ -192,6 +192,21 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
+def class_logits(output: Any, inputs: Any) -> Tensor:
+    """Return the logits in what a model returned for a batch.
+
+    Raises:
+        TrainingError: There are none, or one number for each input, which a softmax would take for as many classes.
+    """
+    logits = logits_of(output)
+    if logits.dim() == 1 and any(tensor.shape[:1] == logits.shape for tensor in tensors(inputs)):
+        raise TrainingError(
+            f"FineTune: the model returns one number for each of {len(logits)} inputs, which are no classes to choose "
+            "from. Pass loss=..., a function of model and batch that returns a scalar."
+        )
+    return logits
+
+
 def loader_generators(loader: Any) -> list[torch.Generator]:
     """Return the random generators of its own that a ``DataLoader`` or its samplers draw from."""
     batch_sampler = getattr(loader, "batch_sampler", None)

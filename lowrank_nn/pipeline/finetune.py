@@ -21,7 +21,7 @@ from lowrank_nn.graph import call_model
 from lowrank_nn.graph.sites import describe_paths
 from lowrank_nn.layers import BinaryLayer, QuantLayer
 from lowrank_nn.pipeline import distributed
-from lowrank_nn.pipeline.batches import device_of, logits_of, split_batch
+from lowrank_nn.pipeline.batches import class_logits, device_of, split_batch
 from lowrank_nn.pipeline.state import Decision, State, Step
 from lowrank_nn.pipeline.training import Trainer, modes_kept
 from lowrank_nn.planning import BatchLoss
@@ -217,8 +217,8 @@ class FineTune(Step):
         if self.loss is not None:
             return self.loss(model, batch)
         return distill_loss(
-            logits_of(call_model(model, inputs)),
-            logits_of(expected),
+            class_logits(call_model(model, inputs), inputs),
+            class_logits(expected, inputs),
             targets,
             temperature=self.temperature,
             alpha=self.alpha,

@@ -23,7 +23,7 @@ class Probe:
     share: float
     metric: float
     drop: float
-    report: Report
+    report: Report = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

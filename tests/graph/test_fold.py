@@ -156,7 +156,7 @@ X = torch.randn(2, 3, 6, 6, generator=GENERATOR)
         (lambda net, x: net.norm(net.conv(net.conv(x))), None, None, NOT_ALONE),
         (straight, None, Shifting(3), "Shifting overrides forward"),
         (straight, None, nn.BatchNorm2d(3, track_running_stats=False), "no running statistics"),
-        (straight, Doubling(3, 3, 3), None, "conv cannot take it up: Doubling overrides forward"),
+        (straight, Doubling(3, 3, 3), None, "the layer ahead cannot take it up: Doubling overrides forward"),
         (straight, parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), None, "computed before each call"),
         (straight, lnn.PrunedConv2d.from_pretrained_layer(nn.Conv2d(3, 3, 1), sparsity=0.5), None, "fold before"),
         (straight, lnn.QuantConv2d.from_pretrained_layer(nn.Conv2d(3, 3, 1)), None, "fold before"),

@@ -115,6 +115,15 @@ def test_outputs_without_logits():
     compress(Boxes().eval(), TUCKER, lnn.FineTune(BATCHES, 1, loss=lambda model, batch: model(batch[0])["loss"]))
 
 
+def test_one_number_for_each_input_is_no_distribution_over_the_batch():
+    class Score(Net):
+        def forward(self, x):
+            return super().forward(x)[:, 0]
+
+    with pytest.raises(TrainingError, match="one number for each of 8 inputs"):
+        compress(Score().eval(), TUCKER, lnn.FineTune([x for x, _ in BATCHES], 1))
+
+
 def test_batches_may_be_anything_with_a_loss_of_ones_own():
     seen = []
 

@@ -73,6 +73,7 @@ def test_the_smallest_within_the_drop(net, drop):
 def test_twice_the_same(net):
     first, second = (search(net, Metric(net), 3.0) for _ in range(2))
     assert first.probes == second.probes
+    assert "\n" not in repr(first.probes)  # whole reports in it would hide the numbers
     for old, new in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(old, new)
 
