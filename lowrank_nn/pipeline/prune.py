@@ -142,7 +142,7 @@ class Prune(Step):
             "seed": state.seed,
         }
         chosen = matching(state, _CLASSES, self.where, self.but_not, "Prune")
-        return [decide_layer(state, site, cls, options, _flat_fisher(self, site.layer)) for site, cls in chosen]
+        return [decide_layer(state, site, cls, options, self._stand_ins(site.layer)) for site, cls in chosen]
 
     def execute(self, state: State, decisions: list[Decision]) -> None:
         """Remove filters, or replace layers by masked ones, as decided."""
@@ -158,16 +158,13 @@ class Prune(Step):
             PlanError: The loss does not depend on some of the layers.
         """
         if state.dry or self.criterion != "obd":
-            return {
-                decision.path: _flat_fisher(self, state.model.get_submodule(decision.path)) for decision in decisions
-            }
+            return {d.path: self._stand_ins(state.model.get_submodule(d.path)) for d in decisions}
         assert self.batches is not None
         assert self.loss is not None
         return measured_fisher("Prune", state, decisions, self.batches, self.loss)
 
-
-def _flat_fisher(step: Prune, layer: nn.Module) -> dict[str, Tensor]:
-    """Return a stand-in for the Fisher information where the criterion needs one."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return {"fisher": weight.detach().new_ones(weight.shape)} if step.criterion == "obd" else {}
+    def _stand_ins(self, layer: nn.Module) -> dict[str, Any]:
+        """Return a stand-in for the Fisher information where the criterion needs one."""
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return {"fisher": weight.detach().new_ones(weight.shape)} if self.criterion == "obd" else {}
