@@ -87,9 +87,8 @@ class Trainer:
         self.origin = "" if settings.checkpoint is None else fingerprint(state.dense)
         self.epoch = 0
         self.best: tuple[float, dict[str, Any]] | None = None
-        self.unreached: set[str] | None = (
-            None  # trainable parameters that no loss had a gradient for; known in training
-        )
+        # Trainable parameters that no loss has had a gradient for; None ahead of the first step.
+        self.unreached: set[str] | None = None
 
     def run(self, loss: BatchLoss) -> None:
         """Train to the last epoch, from the checkpoint's if there is one.
