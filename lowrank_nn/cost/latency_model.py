@@ -46,17 +46,19 @@ class LeafCall:
 
 
 def leaf_call(key: str, layer: Mapping[str, Any], input_shape: Sequence[int], width: int) -> LeafCall:
-    """Describe a call of one of torch's convolutions, an ``nn.Linear`` or a layer in the place of one.
+    """Describe a call of one of torch's convolutions or recurrent layers, an ``nn.Linear`` or a layer in their place.
 
     Args:
         key: See :class:`LeafCall`.
-        layer: Constructor arguments of the dense layer.
+        layer: Constructor arguments of the dense layer; of a recurrent one also the number of its ``gates``.
         input_shape: Shape of its input, batched or not.
         width: Number of output channels that are computed together; see :func:`vector_width`.
     """
     if "in_features" in layer:
         positions = math.prod(input_shape[:-1])
         return _call(key, "linear", width, positions, layer["in_features"], layer["out_features"])
+    if "hidden_size" in layer:
+        return _recurrent_call(key, layer, math.prod(input_shape[:-1]), width)
     kernel, groups, size = layer["kernel_size"], layer["groups"], input_shape[-len(layer["kernel_size"]) :]
     batch, taps = math.prod(input_shape[: -len(kernel) - 1]), math.prod(kernel)
     kind = "pointwise" if taps == 1 else "depthwise" if groups == layer["in_channels"] else "spatial"
@@ -79,6 +81,14 @@ def leaf_call(key: str, layer: Mapping[str, Any], input_shape: Sequence[int], wi
         inputs=math.prod(input_shape),
         written=written,
     )
+
+
+def _recurrent_call(key: str, layer: Mapping[str, Any], positions: int, width: int) -> LeafCall:
+    """Describe all layers as one: from what they read at a step, inputs and states, to the gates of both directions."""
+    layers, directions = layer.get("num_layers", 1), 2 if layer.get("bidirectional") else 1
+    state = layer.get("proj_size") or layer["hidden_size"]
+    read = layer["input_size"] + (layers - 1) * directions * state + layers * state
+    return _call(key, "recurrent", width, positions, read, directions * layer["gates"] * layer["hidden_size"])
 
 
 def between_stages(key: str) -> LeafCall:

@@ -34,15 +34,15 @@ logger = logging.getLogger(__name__)
 
 Timer = Callable[[Sequence[tuple[nn.Module, Sequence[str]]], Any], list[Profile]]
 
-_TIMED = (_ConvNd, nn.Linear, CompressedLayer)  # one by one; everything else is the rest
+_TIMED = (_ConvNd, nn.Linear, nn.RNNBase, nn.RNNCellBase, CompressedLayer)  # one by one; everything else is the rest
 
 
 class Clock:
     """Estimates the latency of a model in which layers are replaced, and learns from every measurement.
 
-    A forward takes the sum of its convolution and linear layers, stage by stage, and a rest. Calls that were timed, in
-    this run or an earlier one on this machine, take what they took; a formula fitted to them gives the others. Nothing
-    is timed before the first question.
+    A forward takes the sum of its convolutions, linear and recurrent layers, stage by stage, and a rest. Calls that
+    were timed, in this run or an earlier one on this machine, take what they took; a formula fitted to them gives the
+    others. Nothing is timed before the first question.
 
     Args:
         dense: The model as given; not changed.
@@ -186,6 +186,9 @@ class Clock:
         return self._calls[key]
 
     def _describe(self, key: str, layer: nn.Module, input_shape: tuple[int, ...]) -> LeafCall:
+        if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+            gates = next(layer.parameters()).shape[0] // layer.hidden_size
+            return leaf_call(key, {**vars(layer), "gates": gates}, input_shape, self.vector_width)
         if not isinstance(layer, CompressedLayer):
             return leaf_call(key, vars(layer), input_shape, self.vector_width)
         call = leaf_call(key, layer.dense_arguments(), input_shape, self.vector_width)

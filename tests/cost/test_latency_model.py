@@ -43,6 +43,24 @@ def test_work_of_aligned_layers_is_what_they_do(name):
     assert activations == math.prod(shape) + output.numel()
 
 
+@pytest.mark.parametrize(
+    ("layer", "gates", "shape"),
+    [
+        (nn.LSTM(24, 32, 3, bidirectional=True), 4, (7, 2, 24)),
+        (nn.GRU(24, 16, 2, batch_first=True), 3, (2, 7, 24)),
+        (nn.RNN(24, 16), 1, (7, 24)),
+        (nn.LSTMCell(24, 16), 4, (14, 24)),
+        (nn.GRUCell(24, 16), 3, (24,)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_work_of_recurrent_layers_is_that_of_their_matrices(layer, gates, shape):
+    matrices = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
+    call = leaf_call("", {**vars(layer), "gates": gates}, shape, 16)
+    assert call.work[1:3] == (math.prod(shape[:-1]) * matrices, matrices)
+    assert call.kind == "recurrent"
+
+
 @pytest.mark.parametrize(("width", "padded"), [(16, 32), (8, 24)])
 def test_output_channels_count_in_whole_vectors(width, padded):
     for layer, shape in ((nn.Conv2d(5, 17, 1), (2, 5, 4, 4)), (nn.Linear(5, 17), (32, 5))):

@@ -293,6 +293,24 @@ def test_the_time_of_other_convolutions_falls_with_their_filters_too(machine):
     assert 20 < result.model[2].in_channels < 64
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.rnn = nn.Conv1d(1, 64, 9), nn.LSTM(64, 64, 2, batch_first=True, bidirectional=True)
+        self.last = nn.Linear(128, 8)
+
+    def forward(self, x):
+        return self.last(self.rnn(torch.relu(self.first(x)).transpose(1, 2))[0][:, -1])
+
+
+def test_the_time_of_recurrent_layers_falls_with_their_units(machine):
+    net = seeded(Recurrent).eval()
+    signals = torch.linspace(-1, 1, 200).reshape(4, 1, 50)
+    result = compress(net, lnn.Prune(granularity="filter"), signals, latency=0.6)
+    assert result.plan.latency.speedup == pytest.approx(1 / 0.6, rel=0.1)
+    assert 20 < result.model.rnn.hidden_size < 64
+
+
 def test_low_rank_after_filters_works_towards_the_time_that_is_left(net, machine):
     recipe = [lnn.Prune(0.25, granularity="filter"), lnn.LowRank(formats=MATRICES)]
     result = compress(net, recipe, latency=0.4)
