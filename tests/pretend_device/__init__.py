@@ -28,13 +28,17 @@ def pretend_device() -> torch.device:
 
 
 def _module() -> ModuleType:
-    """Return what is ``torch.pretend``, as ``torch.cuda`` is for CUDA; its random numbers are those of the CPU."""
+    """Return what is ``torch.pretend``, as ``torch.cuda`` is for CUDA.
+
+    Random numbers are drawn by the CPU's generator; the state kept here is only seeded, read and restored.
+    """
+    state = torch.zeros(1, dtype=torch.int64)
     module = ModuleType("torch.pretend")
     module.is_available = module.is_initialized = lambda: True
     module._is_in_bad_fork = lambda: False
     module.device_count, module.current_device = lambda: 1, lambda: 0
-    module.get_rng_state = lambda device=None: torch.get_rng_state()
-    module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    module.manual_seed_all = lambda seed: None
+    module.get_rng_state = lambda device=None: state.clone()
+    module.set_rng_state = lambda new, device=None: state.copy_(new)
+    module.manual_seed_all = state.fill_
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]
     return module
