@@ -89,7 +89,7 @@ class Checkpoint:
         elif self.steps != steps:
             problem = f"was made with {self.steps} steps per epoch, and now there are {steps}"
         elif self.setup != setup:
-            problem = "was made with another optimizer, other settings of it, another schedule, temperature or alpha"
+            problem = "was made with another optimizer, settings of it, kind of schedule, temperature or alpha"
         elif self.epoch > epochs:
             problem = f"has {self.epoch} epochs done, more than epochs={epochs}"
         if problem:

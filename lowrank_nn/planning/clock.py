@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from lowrank_nn.cost import (
     LatencyModel,
@@ -26,6 +25,7 @@ from lowrank_nn.graph import Call, Recording, Site
 from lowrank_nn.graph.derive import derive_recording
 from lowrank_nn.graph.inputs import tensors
 from lowrank_nn.graph.preserve import evaluating
+from lowrank_nn.graph.sites import PRICED
 from lowrank_nn.graph.stand_in import stand_in
 from lowrank_nn.graph.timing import Profile, time_in_place
 from lowrank_nn.layers import CompressedLayer
@@ -33,8 +33,6 @@ from lowrank_nn.layers import CompressedLayer
 logger = logging.getLogger(__name__)
 
 Timer = Callable[[Sequence[tuple[nn.Module, Sequence[str]]], Any], list[Profile]]
-
-_TIMED = (_ConvNd, nn.Linear, nn.RNNBase, nn.RNNCellBase, CompressedLayer)  # one by one; everything else is the rest
 
 
 class Clock:
@@ -196,7 +194,8 @@ class Clock:
 
 
 def _timed_sites(recording: Recording) -> Iterator[Site]:
-    return (site for site in recording.sites if isinstance(site.layer, _TIMED) and site.calls)
+    """Return the layers that are timed one by one; everything else is the rest."""
+    return (site for site in recording.sites if isinstance(site.layer, PRICED) and site.calls)
 
 
 def _paths(recording: Recording) -> list[str]:
