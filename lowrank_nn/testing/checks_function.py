@@ -128,7 +128,7 @@ def check_accelerator(cls: type[CompressedLayer], case: Case) -> None:
     expect(places == {x.device}, f"tensors are on {sorted(map(str, places))}, expected {x.device}")
     # Searches may end in another optimum where the arithmetic is another.
     error, error_on_cpu = weight_error(layer, case), weight_error(on_cpu, case)
-    expect(abs(error - error_on_cpu) <= 0.05, f"the weight's error is {error:.3g}, built on the CPU {error_on_cpu:.3g}")
+    expect(abs(error - error_on_cpu) <= 1e-3, f"the weight's error is {error:.3g}, built on the CPU {error_on_cpu:.3g}")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         tolerance = max(TOLERANCE[case.dtype], 1e-4)
         y, moved = layer(x), copy.deepcopy(on_cpu).to(device)
